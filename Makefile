@@ -1,0 +1,61 @@
+# Every target sets up what it needs, once: a stamp in the environment is renewed when pyproject.toml changes.
+#   PYTHON  the interpreter the environments are made from (3.10 or later)
+#   TORCH   what pip installs as torch, before anything else; any build of your own will do
+#   ARGS    passed on to the program that a target runs: make demo ARGS="--temperature 1"
+#   SHARD   i/n: the i-th of n parts of `make test-all`, counted from 1
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+OLDEST := transformers==5.17.0
+ARGS ?=
+SHARD ?=
+
+VENV := .venv
+VENV_OLDEST := .venv-oldest
+STAMP := .stamp-installed
+FAST := -m "not slow and not cuda"
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-oldest format pair
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/$(STAMP) ## stream a completion, then measure five ways of decoding it
+	$(VENV)/bin/python -m hf_pearl demo $(ARGS)
+
+test: $(VENV)/$(STAMP) ## lint, types, and the tests of every change
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest $(FAST) $(ARGS)
+
+test-all: $(VENV)/$(STAMP) ## every test, the big counts too; SHARD=i/n runs a part
+	HF_PEARL_SHARD=$(SHARD) $(VENV)/bin/python -m pytest $(ARGS)
+
+test-oldest: $(VENV_OLDEST)/$(STAMP) ## the tests on the oldest transformers that we support
+	$(VENV_OLDEST)/bin/python -m pytest $(FAST) $(ARGS)
+
+format: $(VENV)/$(STAMP) ## sort imports, fix what can be fixed, lay out the code
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+pair: $(VENV)/$(STAMP) ## train the embedded pair again, into ./pair
+	$(VENV)/bin/python examples/train_pair.py $(ARGS)
+
+# $(1) the environment's folder, $(2) what to install beside this package
+define set_up
+@echo "== Setting up $(1): $(TORCH), hf-pearl, its development tools $(2)"
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, this is %s; name another: make PYTHON=..." % sys.version.split()[0])'
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --disable-pip-version-check "$(TORCH)"
+$(1)/bin/python -m pip install --disable-pip-version-check -e ".[dev]" $(2)
+@touch $(1)/$(STAMP)
+endef
+
+$(VENV)/$(STAMP): pyproject.toml
+	$(call set_up,$(VENV))
+
+$(VENV_OLDEST)/$(STAMP): pyproject.toml
+	$(call set_up,$(VENV_OLDEST),"$(OLDEST)")

@@ -1,0 +1,38 @@
+"""hf_pearl: parallel speculative decoding (PEARL, arXiv 2408.11850) for Hugging Face transformers.
+
+    import hf_pearl
+
+    hf_pearl.enable()
+    target.generate(**inputs, assistant_model=draft, pearl=True)
+
+The way in is `generation.py`; `engine.py` runs a call; `decoding/` is the algorithm, `parallel/` runs the two lanes,
+`cache/` holds their keys and values.
+"""
+
+from .cache import PagedPrefixCache
+from .config import PearlConfig
+from .decoding.stats import PearlStats
+from .enabling import disable, enable
+from .errors import PearlError, PearlOutOfBlocksError, PearlUnsupportedModelError, PearlWorkerError
+from .generation import PearlGenerationMixin
+from .outputs import PearlGenerateOutput
+from .registry import clear_cache, release
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PagedPrefixCache",
+    "PearlConfig",
+    "PearlError",
+    "PearlGenerateOutput",
+    "PearlGenerationMixin",
+    "PearlOutOfBlocksError",
+    "PearlStats",
+    "PearlUnsupportedModelError",
+    "PearlWorkerError",
+    "clear_cache",
+    "disable",
+    "enable",
+    "release",
+]

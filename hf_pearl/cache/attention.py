@@ -1,0 +1,114 @@
+"""Attention over the paged cache: one attention function and its mask function for unmodified model code.
+
+Shapes: `T` packed tokens of all sequences of a step, `S` sequences, `Q` query tokens of the longest sequence, `L` keys
+of the longest sequence, `H` query heads, `K` key-value heads, `D` head dimension.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..compat import AttentionInterface, AttentionMaskInterface, sdpa_mask
+
+
+if TYPE_CHECKING:
+    from .step import PagedStep
+
+ATTENTION_NAME = "hf_pearl_paged"
+
+
+class _Current(threading.local):
+    step: PagedStep | None = None
+
+
+_current = _Current()
+_switch_lock = threading.Lock()
+_switched: dict[int, tuple[int, str]] = {}  # id(config) -> (users, the implementation it had)
+
+
+@contextmanager
+def paged_step(step: PagedStep) -> Iterator[None]:
+    """Make `step` the one that attention layers called from this thread write to and read from.
+
+    A thread-local rather than a forward keyword, because some models (StableLM, Nemotron) do not pass keywords on to
+    their attention layers.
+    """
+    if _current.step is not None:
+        raise RuntimeError("a paged forward was started inside another one in the same thread")
+    _current.step = step
+    try:
+        yield
+    finally:
+        _current.step = None
+
+
+@contextmanager
+def paged_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Switch `model` to paged attention, and back to what it used when the last user leaves.
+
+    Other threads that call the model meanwhile are served by the attention it had: the paged functions act only
+    where `paged_step` is set.
+    """
+    config = model.config
+    with _switch_lock:
+        users, original = _switched.get(id(config), (0, config._attn_implementation))
+        if not users:
+            model.set_attn_implementation(ATTENTION_NAME)
+        _switched[id(config)] = (users + 1, original)
+    try:
+        yield
+    finally:
+        with _switch_lock:
+            users, original = _switched[id(config)]
+            if users > 1:
+                _switched[id(config)] = (users - 1, original)
+            else:
+                del _switched[id(config)]
+                model.set_attn_implementation(original)
+
+
+def _paged_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, H, T, D)
+    key: torch.Tensor,  # (1, K, T, D)
+    value: torch.Tensor,  # (1, K, T, D)
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function that transformers calls; returns `(1, T, H, D)` and no weights."""
+    step = _current.step
+    if step is None:
+        return _original_attention(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    output = step.attend(
+        module.layer_idx,
+        query,
+        key,
+        value,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return output, None
+
+
+def _original_attention(module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    _, name = _switched.get(id(module.config), (0, "sdpa"))
+    return AttentionInterface()["sdpa" if name == "eager" else name]  # Models keep their eager function to themselves.
+
+
+def _paged_mask(**kwargs: Any) -> torch.Tensor | None:
+    """No mask inside a paged step, which knows every sequence's length; the usual one elsewhere."""
+    return None if _current.step is not None else sdpa_mask(**kwargs)
+
+
+def register() -> None:
+    """Make the attention and mask functions known to transformers, under one name; harmless to repeat."""
+    AttentionInterface.register(ATTENTION_NAME, _paged_attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, _paged_mask)

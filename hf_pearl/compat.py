@@ -1,0 +1,49 @@
+"""Every name of transformers that is not part of its documented interface, in one place.
+
+Checked on transformers 5.17.0 and 5.23.0, torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+
+__all__ = [
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "effective_generation_config",
+    "original_generate",
+    "pad_token_id",
+    "sdpa_mask",
+    "supports_attention_interface",
+]
+
+
+def effective_generation_config(
+    model: GenerationMixin, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+) -> GenerationConfig:
+    """The configuration that `generate` would act on: the caller's, the model's defaults, and keyword overrides."""
+    return model._prepare_generation_config(generation_config, **kwargs)[0]
+
+
+def pad_token_id(generation_config: GenerationConfig) -> int | None:
+    """The pad token that `generate` has resolved for this call."""
+    tensor = generation_config._pad_token_tensor
+    return None if tensor is None else int(tensor.flatten()[0])
+
+
+def supports_attention_interface(model: PreTrainedModel) -> bool:
+    """Whether the model's attention layers go through transformers' `AttentionInterface`."""
+    return bool(getattr(model, "_supports_attention_backend", False)) and model._can_set_attn_implementation()
+
+
+_ORIGINAL_GENERATE = GenerationMixin.generate
+
+
+def original_generate() -> Any:
+    """transformers' own `generate`, whatever has been enabled since."""
+    return getattr(_ORIGINAL_GENERATE, "hf_pearl_original", _ORIGINAL_GENERATE)

@@ -1,0 +1,108 @@
+"""`PearlConfig`: what may be set, and that the defaults are good."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_EXECUTIONS = ("auto", "inline", "threads", "processes")
+
+
+@dataclass(frozen=True)
+class PearlConfig:
+    """Settings of PEARL decoding. None of them changes a token of the output, except `seed`.
+
+    Parameters
+    ----------
+    draft_length : int or "auto"
+        An int: lockstep, exactly so many draft steps per target forward (the paper's gamma). "auto": no barrier; how
+        far to draft and when to verify follows from measured times and acceptance.
+    execution : {"auto", "inline", "threads", "processes"}
+        How the draft lane runs: in the caller's thread, in a thread, or in a process of its own. "auto" takes what is
+        fastest on the devices at hand.
+    overlap : bool
+        Draft while the target verifies. False is ordinary (sequential) speculative decoding, for comparison.
+    verification : {"coupled", "rejection"}
+        "coupled": draft and target sample with shared noise, and a draft token stands iff it is the target's own.
+    cache_memory : int, str or "auto"
+        Bytes (or "512MiB") that the caches of both lanes may take together.
+    prefix_cache : bool
+        Keep keys and values between calls and find them again by prefix.
+    seed : int or None
+        Noise of sampled calls; None draws one from torch's default generator, so that `torch.manual_seed` repeats.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A setting that is out of range or of the wrong type.
+    NotImplementedError
+        `verification="rejection"`.
+    """
+
+    draft_length: int | Literal["auto"] = "auto"
+    execution: Literal["auto", "inline", "threads", "processes"] = "auto"
+    overlap: bool = True
+    verification: Literal["coupled", "rejection"] = "coupled"
+    cache_memory: int | str = "auto"
+    prefix_cache: bool = True
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.draft_length != "auto":
+            _check_int("draft_length", self.draft_length, 1, 32, 'or "auto"')
+        _check_choice("execution", self.execution, _EXECUTIONS)
+        _check_choice("verification", self.verification, ("coupled", "rejection"))
+        if self.verification == "rejection":
+            raise NotImplementedError(
+                '`verification="rejection"` is not available yet. Leave out `verification`: the default, "coupled", '
+                "samples exactly from the target's distribution too."
+            )
+        for name in ("overlap", "prefix_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, 2**64 - 1, "or None")
+        if self.cache_memory != "auto":
+            parse_bytes(self.cache_memory)
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """`cache_memory` in bytes; None for "auto"."""
+        return None if self.cache_memory == "auto" else parse_bytes(self.cache_memory)
+
+    @classmethod
+    def from_argument(cls, pearl: Any) -> PearlConfig | None:
+        """What `generate(pearl=...)` means: False or None: no PEARL; True: the defaults; a config: itself."""
+        if pearl is None or pearl is False:
+            return None
+        if pearl is True:
+            return cls()
+        if isinstance(pearl, cls):
+            return pearl
+        raise TypeError(f"`pearl` must be True, False or a {cls.__name__}, got {pearl!r}.")
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes from an int or from a string such as "512MiB" or "2GB"."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", value.lower())
+        if match is None:
+            raise ValueError(f'`cache_memory` must be "auto", bytes, or a size such as "512MiB", got {value!r}.')
+        value = int(float(match[1]) * _UNITS[match[2] or ""])
+    _check_int("cache_memory", value, 1, 2**62, 'bytes, a size such as "512MiB", or "auto"')
+    return value
+
+
+def _check_int(name: str, value: object, low: int, high: int, also: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an int {also}, got {value!r}.")
+    if not low <= value <= high:
+        raise ValueError(f"`{name}` must be between {low} and {high}, {also}, got {value}.")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -1,0 +1,150 @@
+"""The loop: launch the target on what the draft has guessed, judge, commit; until every row has ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from .drafting import Lane
+from .messages import Removal, Verdict, Window
+from .request import Request
+from .schedule import NoDraft
+from .stats import Interval, PearlStats
+from .verification import Verifier
+
+
+MAX_TOKENS_PER_FORWARD = 4096
+
+
+class VerdictSink(Protocol):
+    """Who must hear of verdicts: the draft."""
+
+    def send(self, message: Verdict | Removal) -> None:
+        """Deliver a message, in order."""
+
+
+class Launch(NamedTuple):
+    """One target forward: its windows, and the draft tokens at the end of each."""
+
+    windows: list[Window]
+    guesses: list[tuple[int, ...]]
+    is_decode: bool
+
+
+class DecodingLoop:
+    """One call's requests, from prompt to last token.
+
+    Parameters
+    ----------
+    target : Lane
+        The target on its cache; every request is admitted already.
+    verifier : Verifier
+        Judges the target's logits.
+    schedule : NoDraft, Lockstep or FreeRunning
+        Which draft tokens to verify, and when.
+    draft : VerdictSink or None
+        Hears of verdicts and ended requests.
+    clock : callable
+        Seconds; a test may put a virtual one in.
+    """
+
+    def __init__(
+        self,
+        target: Lane,
+        requests: Sequence[Request],
+        verifier: Verifier,
+        schedule: NoDraft,
+        draft: VerdictSink | None,
+        stats: PearlStats,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.target = target
+        self.requests = requests
+        self.verifier = verifier
+        self.schedule = schedule
+        self.draft = draft
+        self.stats = stats
+        self.clock = clock
+        self.intervals: list[Interval] = []
+
+    def run(self) -> None:
+        """Decode until every row has ended."""
+        while not self.verifier.finished:
+            self.step()
+
+    def step(self) -> None:
+        """One target forward and its verdicts."""
+        waiting = [request for request in self.requests if not request.finished and not request.pending]
+        launch = self._launch(waiting, self.schedule.before_forward(waiting))
+        started = self.clock()
+        logits = self.target.forward(launch.windows)
+        ended = self.clock()
+        self.intervals.append((started, ended))
+        self.stats.target_forwards += 1
+        self.schedule.after_forward()
+        self._queue(launch, logits)
+        verdicts = self.verifier.judge()
+        self._count(launch, verdicts, ended - started)
+        self._commit(verdicts)
+
+    def _launch(self, waiting: Sequence[Request], guesses: dict[int, tuple[int, ...]]) -> Launch:
+        """The windows of the coming forward: what is verified but not computed, then the draft tokens."""
+        windows, taken, budget, is_decode = [], [], MAX_TOKENS_PER_FORWARD, True
+        for request in waiting:
+            request_id = request.request_id
+            new = request.verified[self.target.length(request_id) :]
+            guess = guesses.get(request_id, ()) if len(new) == 1 else ()
+            is_decode = is_decode and len(request.verified) > request.num_prompt_tokens
+            if len(new) + len(guess) > budget:
+                if budget:  # A long prompt is computed in pieces; its logits come with the last one.
+                    windows.append(Window(request_id, tuple(new[:budget]), 0))
+                    taken.append(())
+                break
+            budget -= len(new) + len(guess)
+            windows.append(Window(request_id, (*new, *guess), 1 + len(guess)))
+            taken.append(guess)
+        return Launch(windows, taken, is_decode)
+
+    def _queue(self, launch: Launch, logits: torch.Tensor) -> None:
+        row = 0
+        by_id = {request.request_id: request for request in self.requests}
+        for window, guess in zip(launch.windows, launch.guesses, strict=True):
+            if window.num_logits:
+                by_id[window.request_id].queue(logits[row : row + window.num_logits], guess)
+                row += window.num_logits
+
+    def _count(self, launch: Launch, verdicts: dict[int, tuple[int, ...]], seconds: float) -> None:
+        judged = [guess for request in self.requests for guess in request.judged]
+        for request in self.requests:
+            request.judged.clear()
+        for guess in judged:
+            self.stats.judge(*guess)
+        self.stats.verified_draft_tokens += sum(len(guess) for guess in launch.guesses)
+        if launch.is_decode:
+            self.stats.decode_windows += len(launch.windows)
+            self.stats.decode_tokens += sum(len(tokens) for tokens in verdicts.values())
+            num_tokens = sum(len(window.token_ids) for window in launch.windows)
+            self.schedule.learn(num_tokens, seconds, [guess.stood for guess in judged])
+
+    def _commit(self, verdicts: dict[int, tuple[int, ...]]) -> None:
+        """Tell the draft, and drop from the target's cache what did not stand."""
+        for request in self.requests:
+            tokens = verdicts.get(request.request_id)
+            if tokens is None:
+                continue
+            request.num_verdicts += 1
+            self.stats.generated_tokens += len(tokens)
+            if request.finished or not request.pending:
+                valid = min(self.target.length(request.request_id), len(request.verified) - 1)
+                self.target.rollback(request.request_id, valid)
+            if self.draft is not None:
+                self.draft.send(Verdict(request.request_id, request.num_verdicts, tokens))
+        for request in self.requests:
+            if request.finished and not request.is_released:
+                request.is_released = True
+                self.target.release(request.request_id, request.verified)
+                if self.draft is not None:
+                    self.draft.send(Removal(request.request_id))

@@ -1,0 +1,65 @@
+"""Which logits processors of transformers may run how: on which rows, with which ids, on which lane."""
+
+from __future__ import annotations
+
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation import logits_process
+
+
+# Functions of the scores alone: any rows, at once, without ids.
+_OF_SCORES = (
+    "TemperatureLogitsWarper",
+    "TopPLogitsWarper",
+    "TopKLogitsWarper",
+    "TopHLogitsWarper",
+    "MinPLogitsWarper",
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "SuppressTokensLogitsProcessor",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+)
+# Functions of one row's ids and scores: any row on its own, in any order.
+_OF_ROW = (
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "NoBadWordsLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "ExponentialDecayLengthPenalty",
+    "SuppressTokensAtBeginLogitsProcessor",
+)
+
+
+def _classes(names: tuple[str, ...]) -> frozenset[type]:
+    return frozenset(getattr(logits_process, name) for name in names if hasattr(logits_process, name))
+
+
+_OF_SCORES_CLASSES = _classes(_OF_SCORES)
+_OF_ROW_CLASSES = _classes(_OF_ROW)
+
+
+def is_of_scores(processor: LogitsProcessor) -> bool:
+    """Whether a processor reads the scores alone (a subclass may do anything, so it does not count)."""
+    return type(processor) in _OF_SCORES_CLASSES
+
+
+def is_of_row(processor: LogitsProcessor) -> bool:
+    """Whether a processor treats every row on its own and keeps nothing from one call to the next."""
+    if type(processor) in _OF_SCORES_CLASSES:
+        return True
+    # A repetition penalty that ignores the prompts holds one prompt length per row of the batch.
+    return type(processor) in _OF_ROW_CLASSES and getattr(processor, "prompt_ignore_length", None) is None
+
+
+def draft_processors(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """The processors that also shape the draft's guesses: those that keep nothing between calls.
+
+    A user's own processor is left out: it may count its calls, and a guess is not an emitted token. Acceptance may
+    fall, the output cannot.
+    """
+    return LogitsProcessorList([processor for processor in processors if is_of_row(processor)])

@@ -1,0 +1,96 @@
+"""One request: its verified tokens, and the logits that wait for their turn."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from .noise import NoiseSource
+
+
+class PendingChoice(NamedTuple):
+    """The target's raw logits `(vocab_size,)` for a position, and the draft token that was put there (None: none).
+
+    `place` counts the positions of the window from 0.
+    """
+
+    logits: torch.Tensor
+    guess: int | None
+    place: int
+
+
+class JudgedGuess(NamedTuple):
+    """A draft token whose fate is known: its place in its window (0 is the first), and whether it stood."""
+
+    place: int
+    stood: bool
+
+
+@dataclass(eq=False)
+class Request:
+    """One row of a call.
+
+    Attributes
+    ----------
+    request_id : int
+        Its row in the batch.
+    num_prompt_tokens : int
+        Length of its prompt without padding.
+    num_padding : int
+        Pad tokens before its prompt in the user's batch.
+    max_length : int
+        Length without padding at which it ends at the latest.
+    verified : list of int
+        Prompt and all verified tokens.
+    seed, noise : int, NoiseSource or None
+        Its Gumbel noise; None when greedy.
+    finished : bool
+        A stopping rule has fired.
+    pending : deque of PendingChoice
+        Logits that are computed but not judged: rows of a slab wait for each other.
+    judged : list of JudgedGuess
+        Draft tokens judged since the loop last counted them.
+    """
+
+    request_id: int
+    num_prompt_tokens: int
+    num_padding: int
+    max_length: int
+    verified: list[int]
+    seed: int | None = None
+    noise: NoiseSource | None = None
+    finished: bool = False
+    is_released: bool = False
+    num_verdicts: int = 0
+    pending: deque[PendingChoice] = field(default_factory=deque)
+    judged: list[JudgedGuess] = field(default_factory=list)
+    scores: list[torch.Tensor] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.verified[self.num_prompt_tokens :]
+
+    @property
+    def room(self) -> int:
+        """Draft tokens that may be verified at most: the target's own last choice needs a place too."""
+        return max(0, self.max_length - len(self.verified) - 1)
+
+    def queue(self, logits: torch.Tensor, guesses: tuple[int, ...]) -> None:
+        """Take the logits `(1 + len(guesses), vocab_size)` of a window: each row waits for its turn."""
+        for row in range(logits.shape[0]):
+            guess = guesses[row] if row < len(guesses) else None
+            self.pending.append(PendingChoice(logits[row], guess, row))
+
+    def take(self, token_id: int) -> None:
+        """One more verified token; the logits behind a guess that does not stand are dropped."""
+        choice = self.pending.popleft()
+        self.verified.append(token_id)
+        if choice.guess is not None:
+            self.judged.append(JudgedGuess(choice.place, choice.guess == token_id))
+        if choice.guess != token_id:
+            self.pending.clear()

@@ -1,0 +1,159 @@
+"""Who runs when: the three schedules of draft and target.
+
+Lockstep and free-running are PEARL: `k = 0` draft tokens right after a rejection is the paper's pre-verify, `k > 0` with
+the draft already beyond the window its post-verify (arXiv 2408.11850, section 4). Sequential is ordinary speculative
+decoding (Leviathan et al. 2023, arXiv 2211.17192).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from .messages import Line
+from .policy import Acceptance, ForwardTimes, LaunchRule, launch_rule, num_worth_verifying
+from .request import Request
+
+
+class DraftRunner(Protocol):
+    """The engine's end of a draft lane that runs by itself, somewhere."""
+
+    concurrent: bool
+
+    def line(self, request_id: int) -> Line | None:
+        """The last line that the draft has published for a request."""
+
+    @property
+    def num_steps(self) -> int:
+        """Draft steps of this call so far."""
+
+    @property
+    def step_seconds(self) -> float:
+        """Running mean of a draft step's time; 0.0 while unknown."""
+
+    @property
+    def max_line(self) -> int:
+        """Guesses at which a line waits for a verdict."""
+
+    def grant(self, num_steps: int) -> None:
+        """Allow `num_steps` more draft steps (lockstep and sequential schedules)."""
+
+    def wait(self, num_steps: int, timeout: float) -> bool:
+        """Return True when `num_steps` steps of this call are done, False after `timeout` seconds or without a draft."""
+
+
+class Guesses(NamedTuple):
+    """The usable part of a draft's line: what lies beyond the verified tokens."""
+
+    token_ids: tuple[int, ...]
+    chances: tuple[float, ...]
+
+
+NO_GUESSES = Guesses((), ())
+STEP_TIMEOUT = 60.0
+
+
+def usable(line: Line | None, request: Request) -> Guesses:
+    """What of `line` continues the verified tokens; nothing where a verdict the draft has not seen overtook it."""
+    if line is None or line.root > len(request.verified):
+        return NO_GUESSES
+    since = request.verified[line.root :]
+    if list(line.token_ids[: len(since)]) != since:
+        return NO_GUESSES
+    first, last = len(since), len(since) + request.room
+    return Guesses(line.token_ids[first:last], line.chances[first:last])
+
+
+class NoDraft:
+    """Plain decoding."""
+
+    def before_forward(self, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
+        """No draft tokens."""
+        return {}
+
+    def after_forward(self) -> None:
+        """Nothing to do."""
+
+    def learn(self, num_tokens: int, seconds: float, stood: Sequence[bool]) -> None:
+        """Nothing to learn."""
+
+
+class Lockstep(NoDraft):
+    """PEARL with a fixed draft length: `draft_length` draft steps beside every target forward, then a barrier."""
+
+    def __init__(self, draft: DraftRunner, draft_length: int, overlap: bool = True) -> None:
+        self.draft = draft
+        self.draft_length = draft_length
+        self.overlap = overlap
+        self._granted = 0
+
+    def before_forward(self, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
+        """The draft tokens of every request that the coming forward verifies."""
+        if not self.overlap:
+            self._draft()
+            self.draft.wait(self._granted, STEP_TIMEOUT)
+        guesses = {
+            request.request_id: usable(self.draft.line(request.request_id), request).token_ids[: self.draft_length]
+            for request in requests
+        }
+        if self.overlap:
+            self._draft()
+        return guesses
+
+    def _draft(self) -> None:
+        self._granted += self.draft_length
+        self.draft.grant(self.draft_length)
+
+    def after_forward(self) -> None:
+        """The barrier."""
+        if self.overlap:
+            self.draft.wait(self._granted, STEP_TIMEOUT)
+
+
+class FreeRunning(NoDraft):
+    """No barrier: the target takes what is there when it becomes free, or waits for more when that pays."""
+
+    def __init__(self, draft: DraftRunner, forward_times: ForwardTimes, acceptance: Acceptance) -> None:
+        self.draft = draft
+        self.forward_times = forward_times
+        self.acceptance = acceptance
+
+    def before_forward(self, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
+        """The draft tokens of every request that the coming forward verifies; waits for them where that pays."""
+        step_seconds = self.draft.step_seconds
+        rule = launch_rule(
+            self.acceptance.chance, step_seconds, self.forward_times, max(1, len(requests)), self.draft.concurrent
+        )
+        for _ in range(self.draft.max_line):
+            guesses = {request.request_id: self._guesses(request) for request in requests}
+            if not self._wait_pays(requests, guesses, rule):
+                break
+            if not self.draft.wait(self.draft.num_steps + 1, timeout=0.005 + 4 * step_seconds):
+                break
+        return {
+            request_id: guess.token_ids[: num_worth_verifying(guess.chances, rule.verify_above)]
+            for request_id, guess in guesses.items()
+        }
+
+    def _guesses(self, request: Request) -> Guesses:
+        return usable(self.draft.line(request.request_id), request)
+
+    def _wait_pays(self, requests: Sequence[Request], guesses: dict[int, Guesses], rule: LaunchRule) -> bool:
+        """Whether the lines that may still grow are likely enough, on average over all rows, to be waited for."""
+        if not self.draft.step_seconds and self.draft.concurrent:
+            return False  # The worker has not started, or not yet made a step: the target does not wait for it.
+        total = 0.0
+        for request in requests:
+            guess = guesses[request.request_id]
+            if len(request.verified) > request.num_prompt_tokens and len(guess.token_ids) < min(
+                request.room, self.draft.max_line
+            ):
+                total += math.prod(guess.chances)
+        return bool(requests) and total / len(requests) > rule.wait_above
+
+    def learn(self, num_tokens: int, seconds: float, stood: Sequence[bool]) -> None:
+        """Learn from a decode forward over `num_tokens` tokens, and from the draft tokens judged after it."""
+        self.forward_times.record(num_tokens, seconds)
+        for each in stood:
+            self.acceptance.record(each)

@@ -1,0 +1,103 @@
+"""What happened in a call, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+Interval = tuple[float, float]
+
+
+@dataclass
+class PearlStats:
+    """Counts and times of one call.
+
+    Attributes
+    ----------
+    target_forwards : int
+        Forwards of the target, prefill included.
+    draft_steps : int
+        Forwards of the draft.
+    drafted_tokens : int
+        Tokens the draft guessed.
+    verified_draft_tokens : int
+        Of these, the ones that went into a target forward.
+    accepted_tokens : int
+        Of these, the ones that stood.
+    wasted_draft_tokens : int
+        Drafted tokens that were dropped, verified or not.
+    generated_tokens : int
+        Tokens of the answer, all rows together.
+    decode_windows : int
+        Windows of one row in one target forward, prefill left out.
+    decode_tokens : int
+        Tokens of the answer that came from these.
+    prefilled_tokens, draft_prefilled_tokens : int
+        Prompt tokens that were computed, not found in the cache: by the target, by the draft.
+    judged_at, stood_at : list of int
+        Of the draft tokens at each place of a window (0 is the first): how many were judged, and how many stood.
+    target_seconds, draft_seconds, overlap_seconds : float
+        Time in forwards of each lane, and time in which both were in one, from recorded intervals.
+    total_seconds : float
+        Wall time of the call inside the engine.
+    execution : str
+        How the draft lane ran.
+    """
+
+    target_forwards: int = 0
+    draft_steps: int = 0
+    drafted_tokens: int = 0
+    verified_draft_tokens: int = 0
+    accepted_tokens: int = 0
+    wasted_draft_tokens: int = 0
+    generated_tokens: int = 0
+    decode_windows: int = 0
+    decode_tokens: int = 0
+    prefilled_tokens: int = 0
+    draft_prefilled_tokens: int = 0
+    judged_at: list[int] = field(default_factory=list)
+    stood_at: list[int] = field(default_factory=list)
+    target_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    overlap_seconds: float = 0.0
+    total_seconds: float = 0.0
+    execution: str = "none"
+
+    @property
+    def mean_accepted_tokens(self) -> float:
+        """Accepted draft tokens plus the target's own, per row and decode forward (1.0 without a draft)."""
+        return self.decode_tokens / self.decode_windows if self.decode_windows else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the judged draft tokens that stood."""
+        judged = sum(self.judged_at)
+        return sum(self.stood_at) / judged if judged else 0.0
+
+    @property
+    def acceptance_per_position(self) -> list[float]:
+        """For each place of a window, the share of its draft tokens that stood, given that all before them did."""
+        return [stood / judged for stood, judged in zip(self.stood_at, self.judged_at, strict=True) if judged]
+
+    def judge(self, place: int, stood: bool) -> None:
+        """Count a draft token at `place` of its window, all before which stood."""
+        while place >= len(self.judged_at):
+            self.judged_at.append(0)
+            self.stood_at.append(0)
+        self.judged_at[place] += 1
+        self.stood_at[place] += stood
+        self.accepted_tokens += stood
+
+
+def overlap(first: Sequence[Interval], second: Sequence[Interval]) -> float:
+    """Seconds that lie in an interval of both lists; each list is in order and without overlaps of its own."""
+    total, i, j = 0.0, 0, 0
+    while i < len(first) and j < len(second):
+        start, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
+        total += max(0.0, end - start)
+        if first[i][1] < second[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total

@@ -1,0 +1,177 @@
+"""Which draft tokens stand: token equality with the target's own choices, one position after the other.
+
+The target's choice is `argmax(scores + G)` with the position's fixed Gumbel noise `G` (no noise when greedy), which is
+a sample from the target's distribution (Gumbel-max); a draft token stands iff it equals that choice (drafter-invariant
+speculative decoding, Daliri, Musco and Suresh 2024, arXiv 2408.07978). The output is therefore a function of target,
+processors, prompt and seed alone.
+
+Shapes: `N` positions, `V` vocabulary, `R` rows of a slab, `t` tokens of a row, padding included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .request import Request
+from .rules import Rules
+
+
+class Verifier:
+    """Turn the target's logits into verified tokens.
+
+    Where processors and criteria read the scores alone, all positions are judged at once. Elsewhere positions are
+    judged in order, each processor called exactly once per emitted token on the prefix transformers would show it.
+    Processors, criteria and streamers that see the whole batch are called on slabs of equal length, when every
+    row has reached it; rows that are ahead wait with their logits.
+    """
+
+    def __init__(self, requests: Sequence[Request], rules: Rules, device: torch.device) -> None:
+        self.requests = requests
+        self.rules = rules
+        self._eos_token_ids = rules.eos_token_ids
+        self._at_once = rules.is_of_scores and rules.is_of_row
+        if not self._at_once:
+            groups = [[request] for request in requests] if rules.is_of_row else [list(requests)]
+            self._slabs = [Slab(group, rules, device) for group in groups]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every row has ended."""
+        return all(request.finished for request in self.requests)
+
+    def judge(self) -> dict[int, tuple[int, ...]]:
+        """Judge what waits; return the new verified tokens of every request that has some."""
+        before = {request.request_id: len(request.verified) for request in self.requests}
+        if self._at_once:
+            self._judge_at_once()
+        else:
+            for slab in self._slabs:
+                slab.judge()
+        return {
+            request.request_id: tuple(request.verified[before[request.request_id] :])
+            for request in self.requests
+            if len(request.verified) > before[request.request_id]
+        }
+
+    def _judge_at_once(self) -> None:
+        waiting = [request for request in self.requests if request.pending]
+        logits = torch.stack([choice.logits for request in waiting for choice in request.pending]).float()
+        scores = self.rules.processors(None, logits)  # (N, V)
+        noise = None
+        if self.rules.do_sample:
+            noise = torch.cat([_noise(request, len(request.pending)) for request in waiting])
+        tokens, row = choose(scores, noise), 0
+        for request in waiting:
+            first, num_waiting = row, len(request.pending)
+            while request.pending and not request.finished:
+                request.take(tokens[row])
+                record(request, self.rules, scores[row], logits[row])
+                request.finished = self._ends(request)
+                row += 1
+            row = first + num_waiting
+
+    def _ends(self, request: Request) -> bool:
+        length = request.num_padding + len(request.verified)
+        return request.verified[-1] in self._eos_token_ids or length >= self.rules.max_length
+
+
+class Slab:
+    """Rows that advance together, one position at a time."""
+
+    def __init__(self, requests: list[Request], rules: Rules, device: torch.device) -> None:
+        self.requests = requests
+        self.rules = rules
+        self._pads = rules.pads_finished_rows
+        longest = max(request.num_padding + len(request.verified) for request in requests)
+        self._fill = fill = 0 if rules.pad_token_id is None else rules.pad_token_id
+        self._ids = torch.full((len(requests), longest + 256), fill, device=device)
+        for row, request in enumerate(requests):
+            self._ids[row, request.num_padding : longest] = torch.tensor(request.verified, device=device)
+        self.length = longest
+        self._has_fired = [False] * len(requests)
+        self._scores_so_far: tuple[torch.Tensor, ...] = ()
+
+    def judge(self) -> None:
+        """Advance as far as every row that goes on has logits waiting."""
+        while not all(request.finished for request in self.requests) and all(
+            request.pending or request.finished for request in self.requests
+        ):
+            self._advance()
+
+    def _advance(self) -> None:
+        live = [request for request in self.requests if not request.finished]
+        width = live[0].pending[0].logits
+        rows = [
+            width.new_zeros(width.shape) if request.finished else request.pending[0].logits
+            for request in self.requests
+        ]
+        logits = torch.stack(rows).to(torch.float32)  # (R, V)
+        scores = self.rules.processors(self._ids[:, : self.length].contiguous(), logits)
+        noise = None
+        if self.rules.do_sample:
+            blank = width.new_zeros(1, width.shape[0], dtype=torch.float32)
+            noise = torch.cat([blank if request.finished else _noise(request, 1) for request in self.requests])
+        tokens = choose(scores, noise, [request.finished for request in self.requests])
+        self._take(tokens, scores, logits)
+        self._stop(scores)
+
+    def _take(self, tokens: list[int], scores: torch.Tensor, logits: torch.Tensor) -> None:
+        if self.length == self._ids.shape[1]:
+            self._ids = torch.cat([self._ids, torch.full_like(self._ids, self._fill)], dim=1)
+        for row, request in enumerate(self.requests):
+            if not request.finished:
+                request.take(tokens[row])
+                record(request, self.rules, scores[row], logits[row])
+                self._ids[row, self.length] = tokens[row]
+        self.length += 1
+
+    def _stop(self, scores: torch.Tensor) -> None:
+        shown = None
+        if self.rules.output_scores:
+            self._scores_so_far = (*self._scores_so_far, scores)
+            shown = self._scores_so_far
+        fired = self.rules.criteria(self._ids[:, : self.length].contiguous(), shown)
+        fired = torch.as_tensor(fired).expand(len(self.requests)).tolist()
+        self._has_fired = [old or new for old, new in zip(self._has_fired, fired, strict=True)]
+        for request, has_fired in zip(self.requests, self._has_fired, strict=True):
+            request.finished = request.finished or (has_fired if self._pads else all(self._has_fired))
+        if self.rules.streamer is not None:
+            self.rules.streamer.put(self._ids[:, self.length - 1].cpu())
+
+
+def choose(scores: torch.Tensor, noise: torch.Tensor | None, ignored: Sequence[bool] = ()) -> list[int]:
+    """The target's choice per row of `scores` `(N, V)`; ties go to the lowest id.
+
+    Raises
+    ------
+    ValueError
+        Sampling from scores that are no distribution (NaN, or every token excluded).
+    """
+    if noise is None:
+        return scores.argmax(dim=-1).tolist()
+    best = (scores + noise).max(dim=-1)
+    for row, value in enumerate(best.values.tolist()):
+        if not math.isfinite(value) and not (ignored and ignored[row]):
+            raise ValueError(
+                f"sampling needs scores with a finite maximum, got {value} after the logits processors. Check the "
+                f"model for overflow (float16?) and the processors for excluding every token, or pass "
+                f"`remove_invalid_values=True`."
+            )
+    return best.indices.tolist()
+
+
+def record(request: Request, rules: Rules, scores: torch.Tensor, logits: torch.Tensor) -> None:
+    """Keep a position's processed scores and raw logits where the call asks for them."""
+    if rules.output_scores:
+        request.scores.append(scores)
+    if rules.output_logits:
+        request.logits.append(logits)
+
+
+def _noise(request: Request, num_positions: int) -> torch.Tensor:
+    if request.noise is None:
+        raise ValueError(f"request {request.request_id} has no noise to sample with")
+    return request.noise.rows(len(request.verified), num_positions)

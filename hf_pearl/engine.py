@@ -1,0 +1,202 @@
+"""`PearlEngine`: what stays warm for a (target, draft) pair between calls, and how a call is run on it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from .cache import PagedPrefixCache
+from .cache.sizing import num_blocks_for
+from .config import PearlConfig
+from .decoding.calibration import Calibration
+from .decoding.drafting import Drafter
+from .decoding.loop import DecodingLoop
+from .decoding.messages import Admission
+from .decoding.noise import NoiseSource, request_seed
+from .decoding.policy import Acceptance, ForwardTimes
+from .decoding.processors import draft_processors
+from .decoding.proposal import Proposer
+from .decoding.request import Request
+from .decoding.rules import Rules
+from .decoding.schedule import FreeRunning, Lockstep, NoDraft
+from .decoding.stats import PearlStats, overlap
+from .decoding.verification import Verifier
+from .fingerprint import fingerprint
+from .parallel.inline import InlineDraft
+from .parallel.lane import ModelLane
+from .parallel.threads import ThreadDraft
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a call: its tokens without padding, and how many pad tokens stood before them."""
+
+    token_ids: tuple[int, ...]
+    num_padding: int
+
+
+class PearlEngine:
+    """One pair of models. Holds their caches and what was learnt about them, not the models themselves.
+
+    Calls on one engine take turns.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.caches: dict[str, PagedPrefixCache] = {}
+        self.calibration = Calibration()
+        self.forward_times = ForwardTimes()
+        self.acceptance = Acceptance()
+        self._fingerprints: dict[str, object] = {}
+        self._sizes: tuple[int, int] = (0, 0)
+
+    def decode(
+        self,
+        target: PreTrainedModel,
+        draft: PreTrainedModel | None,
+        prompts: Sequence[Prompt],
+        rules: Rules,
+        config: PearlConfig,
+        call_seed: int | None,
+    ) -> tuple[list[Request], PearlStats]:
+        """Decode every prompt to its end.
+
+        Parameters
+        ----------
+        call_seed : int or None
+            Seed of the call's noise; None when greedy.
+
+        Returns
+        -------
+        tuple
+            The requests, in the order of `prompts`, and what happened.
+        """
+        with self.lock:
+            started = time.perf_counter()
+            self._prepare_caches(target, draft, config)
+            stats = PearlStats()
+            requests = self._requests(target, prompts, rules, call_seed)
+            target_lane = ModelLane(target, self.caches["target"], config.prefix_cache)
+            with target_lane.ready(), self._draft(target_lane, draft, requests, rules, config, stats) as runner:
+                for request in requests:
+                    num_cached = target_lane.admit(request.request_id, request.verified)
+                    stats.prefilled_tokens += request.num_prompt_tokens - num_cached
+                verifier = Verifier(requests, rules, target_lane.device)
+                schedule = self._schedule(runner, config)
+                loop = DecodingLoop(target_lane, requests, verifier, schedule, runner, stats)
+                loop.run()
+                if runner is not None:
+                    self._report(runner, loop, stats)
+            stats.target_seconds = sum(end - start for start, end in loop.intervals)
+            stats.total_seconds = time.perf_counter() - started
+            return requests, stats
+
+    def clear(self) -> None:
+        """Forget every cached prefix, as soon as no call is running."""
+        with self.lock:
+            for cache in self.caches.values():
+                cache.clear()
+
+    def close(self) -> None:
+        """Give the caches back, as soon as no call is running; the next call begins cold."""
+        with self.lock:
+            self.caches.clear()
+            self._fingerprints.clear()
+
+    def _requests(
+        self, target: PreTrainedModel, prompts: Sequence[Prompt], rules: Rules, call_seed: int | None
+    ) -> list[Request]:
+        weight = target.get_input_embeddings().weight
+        vocab_size = target.get_output_embeddings().weight.shape[0]
+        requests = []
+        for row, prompt in enumerate(prompts):
+            seed = None if call_seed is None else request_seed(call_seed, row)
+            requests.append(
+                Request(
+                    request_id=row,
+                    num_prompt_tokens=len(prompt.token_ids),
+                    num_padding=prompt.num_padding,
+                    max_length=rules.max_length - prompt.num_padding,
+                    verified=list(prompt.token_ids),
+                    seed=seed,
+                    noise=None if seed is None else NoiseSource(seed, vocab_size, weight.device),
+                )
+            )
+        return requests
+
+    @contextmanager
+    def _draft(
+        self,
+        target_lane: ModelLane,
+        draft: PreTrainedModel | None,
+        requests: Sequence[Request],
+        rules: Rules,
+        config: PearlConfig,
+        stats: PearlStats,
+    ) -> Iterator[InlineDraft | ThreadDraft | None]:
+        """The draft lane of a call, with every request admitted; ended in whatever state it is."""
+        if draft is None:
+            yield None
+            return
+        lane = ModelLane(draft, self.caches["draft"], config.prefix_cache)
+        vocab_size = target_lane.model.get_output_embeddings().weight.shape[0]
+        proposer = Proposer(vocab_size, draft_processors(rules.processors), rules.pad_token_id or 0)
+        drafter = Drafter(lane, proposer, self.calibration)
+        runner: InlineDraft | ThreadDraft
+        if config.execution == "inline":
+            runner = InlineDraft(drafter, lane)
+        else:
+            runner = ThreadDraft(drafter, lane, free_running=config.draft_length == "auto" and config.overlap)
+        stats.execution = "inline" if config.execution == "inline" else "threads"
+        longest = getattr(draft.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        try:
+            for request in requests:
+                runner.send(
+                    Admission(
+                        request.request_id,
+                        tuple(request.verified),
+                        min(request.max_length, longest),
+                        request.num_padding,
+                        request.seed,
+                    )
+                )
+            yield runner
+        finally:
+            runner.abort()
+
+    def _schedule(self, runner: InlineDraft | ThreadDraft | None, config: PearlConfig) -> NoDraft:
+        if runner is None:
+            return NoDraft()
+        if config.draft_length == "auto":
+            return FreeRunning(runner, self.forward_times, self.acceptance)
+        return Lockstep(runner, config.draft_length, config.overlap)
+
+    @staticmethod
+    def _report(runner: InlineDraft | ThreadDraft, loop: DecodingLoop, stats: PearlStats) -> None:
+        report = runner.finish()
+        stats.draft_steps = report.num_steps
+        stats.drafted_tokens = report.num_drafted
+        stats.wasted_draft_tokens = report.num_drafted - stats.accepted_tokens
+        stats.draft_prefilled_tokens = report.num_prefilled
+        stats.draft_seconds = sum(end - start for start, end in report.intervals)
+        stats.overlap_seconds = overlap(loop.intervals, report.intervals)
+
+    def _prepare_caches(self, target: PreTrainedModel, draft: PreTrainedModel | None, config: PearlConfig) -> None:
+        """Make the caches that are missing, and clear those whose model has changed since the last call."""
+        models = {"target": target} if draft is None else {"target": target, "draft": draft}
+        num_blocks = num_blocks_for(list(models.values()), config.cache_bytes)
+        for name, model in models.items():
+            cache, now = self.caches.get(name), fingerprint(model)
+            device = model.get_input_embeddings().weight.device
+            if cache is None or cache.device != device or cache.pool.max_blocks != num_blocks:
+                num_layers = model.config.get_text_config().num_hidden_layers
+                self.caches[name] = PagedPrefixCache(num_layers, num_blocks, device=device)
+            elif now != self._fingerprints.get(name):
+                cache.reset_pools()
+            self._fingerprints[name] = now

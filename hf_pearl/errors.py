@@ -1,0 +1,19 @@
+"""What can go wrong, by name."""
+
+from __future__ import annotations
+
+
+class PearlError(RuntimeError):
+    """Base of the errors that hf_pearl raises while it runs (bad arguments are `ValueError` or `TypeError`)."""
+
+
+class PearlOutOfBlocksError(PearlError):
+    """The paged cache has no block left for a request."""
+
+
+class PearlUnsupportedModelError(PearlError, NotImplementedError):
+    """A model, or one of its layers, that the paged cache cannot hold."""
+
+
+class PearlWorkerError(PearlError):
+    """A lane's worker failed, died, or did not answer in time."""

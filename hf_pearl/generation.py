@@ -1,0 +1,198 @@
+"""The way in: `generate(..., assistant_model=draft, pearl=True)`.
+
+transformers prepares inputs, logits processors and stopping criteria, and calls our decoding through its
+`custom_generate` callable protocol, so that every argument means what it means there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from . import compat
+from .arguments import check_arguments
+from .config import PearlConfig
+from .decoding.noise import draw_call_seed
+from .decoding.request import Request
+from .decoding.rules import Rules
+from .decoding.stats import PearlStats
+from .engine import Prompt
+from .outputs import PearlGenerateOutput
+from .registry import engine_for
+
+
+GenerateOutput = torch.Tensor | PearlGenerateOutput
+
+
+class PearlGenerationMixin:
+    """Adds `pearl` to `generate`; to be inherited before a transformers model class.
+
+    `pearl=True` or a `PearlConfig` decodes with parallel speculative decoding (PEARL, arXiv 2408.11850), `False` is
+    transformers' own `generate`, untouched.
+    """
+
+    def generate(self, *args: Any, pearl: bool | PearlConfig | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`, with `pearl`; returns the same, `PearlGenerateOutput` where it returns a dict."""
+        return pearl_generate(super().generate, self, pearl, args, kwargs)  # type: ignore[misc]
+
+
+def pearl_generate(
+    generate: Callable[..., Any], model: Any, pearl: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run `generate`, transformers' own and bound to `model`, with PEARL's decoding if `pearl` asks for it."""
+    arguments = dict(zip(_positional_names(), args, strict=False)) | kwargs
+    config = PearlConfig.from_argument(_asked_for(pearl, model, arguments))
+    if config is None:
+        return generate(*args, **kwargs)
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    extra = {name: value for name, value in arguments.items() if name not in _positional_names()}
+    generation_config = compat.effective_generation_config(model, arguments.get("generation_config"), extra)
+    check_arguments(model, generation_config, arguments)
+    draft = unwrap(arguments.pop("assistant_model", None))
+    streamer = arguments.pop("streamer", None)
+    _move_stop_strings(arguments, generation_config)
+    for name in ("synced_gpus", "assistant_tokenizer", "tokenizer"):
+        arguments.pop(name, None)
+
+    def decode(
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> GenerateOutput:
+        rules = _rules(logits_processor, stopping_criteria, generation_config, streamer)
+        mask = model_kwargs.get("attention_mask")
+        return _decode(model, draft, input_ids, mask, rules, generation_config, config)
+
+    return generate(**arguments, custom_generate=decode)
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper, whose layers carry the adapters; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@functools.cache
+def _positional_names() -> tuple[str, ...]:
+    parameters = inspect.signature(compat.original_generate()).parameters.values()
+    return tuple(p.name for p in parameters if p.name != "self" and p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def _asked_for(pearl: Any, model: Any, arguments: dict[str, Any]) -> Any:
+    """`pearl` as an argument, else as a field of a generation config (which is how servers pass settings on)."""
+    for config in (arguments.get("generation_config"), getattr(model, "generation_config", None)):
+        if pearl is None and config is not None:
+            pearl = getattr(config, "pearl", None)
+    return pearl
+
+
+def _move_stop_strings(arguments: dict[str, Any], generation_config: GenerationConfig) -> None:
+    """Turn `stop_strings` into a criterion: transformers drops the tokenizer on its way to a callable."""
+    if not generation_config.stop_strings:
+        return
+    criterion = StopStringCriteria(arguments["tokenizer"], generation_config.stop_strings)
+    arguments["stopping_criteria"] = StoppingCriteriaList([*arguments.get("stopping_criteria", ()), criterion])
+    arguments.pop("stop_strings", None)
+    if arguments.get("generation_config") is not None:
+        arguments["generation_config"] = _without_stop_strings(arguments["generation_config"])
+
+
+def _without_stop_strings(generation_config: GenerationConfig) -> GenerationConfig:
+    copied = GenerationConfig.from_dict(generation_config.to_dict())
+    copied.stop_strings = None
+    return copied
+
+
+def _rules(
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: Any,
+) -> Rules:
+    returns_dict = bool(generation_config.return_dict_in_generate)
+    return Rules(
+        processors=processors,
+        criteria=criteria,
+        do_sample=bool(generation_config.do_sample),
+        max_length=generation_config.max_length,
+        pad_token_id=compat.pad_token_id(generation_config),
+        output_scores=returns_dict and bool(generation_config.output_scores),
+        output_logits=returns_dict and bool(generation_config.output_logits),
+        streamer=streamer,
+    )
+
+
+def _decode(
+    model: PreTrainedModel,
+    draft: PreTrainedModel | None,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    rules: Rules,
+    generation_config: GenerationConfig,
+    config: PearlConfig,
+) -> GenerateOutput:
+    if rules.streamer is not None:
+        rules.streamer.put(input_ids.cpu())
+    prompts = _prompts(input_ids, attention_mask)
+    call_seed = None
+    if rules.do_sample:
+        call_seed = draw_call_seed() if config.seed is None else config.seed
+    engine = engine_for(model, draft)
+    requests, stats = engine.decode(model, draft, prompts, rules, config, call_seed)
+    if rules.streamer is not None:
+        rules.streamer.end()
+    sequences = _sequences(input_ids, requests, rules)
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return _output(sequences, requests, rules, stats)
+
+
+def _prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[Prompt]:
+    rows = input_ids.tolist()
+    paddings = [0] * len(rows) if attention_mask is None else (attention_mask == 0).sum(dim=1).tolist()
+    return [Prompt(tuple(row[padding:]), padding) for row, padding in zip(rows, paddings, strict=True)]
+
+
+def _sequences(input_ids: torch.Tensor, requests: list[Request], rules: Rules) -> torch.Tensor:
+    """`(batch, length)`: prompts as they came, padding included, and what was generated, padded at the end."""
+    longest = max(len(request.generated) for request in requests)
+    fill = 0 if rules.pad_token_id is None else rules.pad_token_id
+    rows = [request.generated + [fill] * (longest - len(request.generated)) for request in requests]
+    generated = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device).reshape(len(requests), longest)
+    return torch.cat([input_ids, generated], dim=1)
+
+
+def _output(
+    sequences: torch.Tensor, requests: list[Request], rules: Rules, stats: PearlStats
+) -> PearlGenerateOutput:
+    return PearlGenerateOutput(
+        sequences=sequences,
+        scores=_stacked([r.scores for r in requests], rules, -torch.inf) if rules.output_scores else None,
+        logits=_stacked([r.logits for r in requests], rules, 0.0) if rules.output_logits else None,
+        pearl=stats,
+    )
+
+
+def _stacked(rows: list[list[torch.Tensor]], rules: Rules, fill: float) -> tuple[torch.Tensor, ...]:
+    """Per generated position `(batch, vocab_size)`; a finished row holds `fill`, and 0 at the pad token."""
+    blank = torch.full_like(rows[0][0], fill)
+    if rules.pad_token_id is not None:
+        blank[rules.pad_token_id] = 0.0
+    longest = max(len(row) for row in rows)
+    return tuple(
+        torch.stack([row[position] if position < len(row) else blank for row in rows]) for position in range(longest)
+    )

@@ -1,0 +1,1 @@
+"""Lanes: one model with its devices, its cache and its own thread or process."""

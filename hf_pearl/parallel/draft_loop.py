@@ -1,0 +1,52 @@
+"""What a draft lane does that runs by itself, in a thread or in a process: hear, draft, publish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from ..decoding.drafting import Drafter
+from ..decoding.messages import Admission, Grant, Line, Removal, Verdict
+
+
+class EndOfCall(Exception):
+    """The engine has ended the call."""
+
+
+class Inbox(Protocol):
+    """Where messages of the engine arrive."""
+
+    def get(self, block: bool) -> Admission | Verdict | Removal | Grant | None:
+        """The next message; None where none is there and `block` is False.
+
+        Raises
+        ------
+        EndOfCall
+            The engine has ended the call.
+        """
+
+
+def run_draft_loop(
+    drafter: Drafter, inbox: Inbox, publish: Callable[[list[Line]], None], free_running: bool
+) -> None:
+    """Draft until the call ends.
+
+    Free-running: hear everything, make a step if any line may grow, wait for a message otherwise. In lockstep and
+    sequential schedules a grant is used up before the next message is heard, so that nothing depends on timing.
+    """
+    granted = 0
+    while True:
+        while not granted:
+            idle = not free_running or not drafter.has_work()
+            try:
+                message = inbox.get(block=idle)
+            except EndOfCall:
+                return
+            if message is None:
+                break
+            if isinstance(message, Grant):
+                granted += message.num_steps
+            else:
+                drafter.handle(message)
+        publish(drafter.step())
+        granted = max(0, granted - 1)

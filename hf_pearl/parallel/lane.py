@@ -1,0 +1,132 @@
+"""A lane: one model on the paged cache. It computes what it is given; it decides nothing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from ..cache import PagedPrefixCache, PagedSequence
+from ..cache.attention import paged_attention, paged_step, register
+from ..decoding.messages import Window
+from ..errors import PearlOutOfBlocksError
+
+
+MAX_TOKENS_PER_FORWARD = 4096
+
+
+class ModelLane:
+    """Ragged forwards of one model over its own paged cache.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Any causal language model whose attention goes through transformers' `AttentionInterface`.
+    cache : PagedPrefixCache
+        This lane's cache.
+    prefix_cache : bool
+        Whether prefixes are found again by later requests.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: PagedPrefixCache, prefix_cache: bool = True) -> None:
+        register()
+        self.model = model
+        self.cache = cache
+        self.prefix_cache = prefix_cache
+        self.vocab_size = model.get_input_embeddings().num_embeddings
+        self._sequences: dict[int, PagedSequence] = {}
+        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model expects its token ids."""
+        return self.model.get_input_embeddings().weight.device
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """The scope of all forwards of a call: paged attention, no gradients, evaluation mode, all undone at the end.
+
+        Inside, every sequence that was admitted is freed, whatever happens.
+        """
+        was_training = self.model.training
+        if was_training:
+            self.model.eval()
+        try:
+            with paged_attention(self.model), torch.no_grad():
+                yield
+        finally:
+            for sequence in self._sequences.values():
+                self.cache.free(sequence)
+            self._sequences.clear()
+            if was_training:
+                self.model.train()
+
+    def admit(self, request_id: int, token_ids: Sequence[int]) -> int:
+        """Begin a sequence; return how many of `token_ids` the cache already holds (always short of the last)."""
+        self._sequences[request_id] = self.cache.allocate(token_ids if self.prefix_cache else ())
+        return self._sequences[request_id].length
+
+    def length(self, request_id: int) -> int:
+        """How many tokens of a sequence have keys and values."""
+        return self._sequences[request_id].length
+
+    def forward(self, windows: Sequence[Window]) -> torch.Tensor:
+        """Compute the new tokens of every window.
+
+        Returns
+        -------
+        torch.Tensor
+            `(sum of num_logits, vocab_size)`: the logits after the last `num_logits` tokens of each window, in order.
+
+        Raises
+        ------
+        PearlOutOfBlocksError
+            Not enough memory; every sequence is then as it was.
+        """
+        sequences = [self._sequences[window.request_id] for window in windows]
+        self._append(sequences, windows)
+        token_ids, positions, kept = [], [], []
+        for sequence, window in zip(sequences, windows, strict=True):
+            token_ids.extend(window.token_ids)
+            positions.extend(range(sequence.length - len(window.token_ids), sequence.length))
+            kept.extend(range(len(token_ids) - window.num_logits, len(token_ids)))
+        known = self.vocab_size
+        packed = torch.tensor([[token if token < known else 0 for token in token_ids]])
+        step = self.cache.begin_step(sequences, [len(window.token_ids) for window in windows])
+        options = {}
+        if self._takes_logits_to_keep and len(kept) < len(token_ids):
+            options["logits_to_keep"] = torch.tensor(kept, device=self.device)
+        with paged_step(step):
+            logits = self.model(
+                input_ids=packed.to(self.device),
+                position_ids=torch.tensor([positions]).to(self.device),
+                use_cache=False,
+                **options,
+            ).logits[0]
+        return logits if logits.shape[0] == len(kept) else logits[kept]
+
+    def _append(self, sequences: list[PagedSequence], windows: Sequence[Window]) -> None:
+        done: list[tuple[PagedSequence, int]] = []
+        try:
+            for sequence, window in zip(sequences, windows, strict=True):
+                before = sequence.length
+                self.cache.append(sequence, len(window.token_ids))
+                done.append((sequence, before))
+        except PearlOutOfBlocksError:
+            for sequence, before in done:
+                self.cache.rollback(sequence, before)
+            raise
+
+    def rollback(self, request_id: int, length: int) -> None:
+        """Drop a sequence's tokens from position `length` on."""
+        self.cache.rollback(self._sequences[request_id], length)
+
+    def release(self, request_id: int, verified: Sequence[int]) -> None:
+        """End a sequence; its `verified` tokens may be found again by later requests."""
+        sequence = self._sequences.pop(request_id)
+        if self.prefix_cache:
+            self.cache.insert_prefix(sequence, verified)
+        self.cache.free(sequence)

@@ -1,0 +1,125 @@
+"""The draft lane in a thread of this process, on a CUDA stream of its own where its device has streams."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from contextlib import nullcontext
+
+import torch
+
+from ..decoding.drafting import Drafter
+from ..decoding.messages import Admission, DraftReport, Grant, Line, Removal, Verdict
+from ..errors import PearlWorkerError
+from .draft_loop import EndOfCall, run_draft_loop
+from .lane import ModelLane
+
+
+JOIN_TIMEOUT = 60.0
+POLL_SECONDS = 0.1
+
+
+class _QueueInbox:
+    """Messages through a queue; `None` ends the call."""
+
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[Admission | Verdict | Removal | Grant | None] = queue.SimpleQueue()
+
+    def get(self, block: bool) -> Admission | Verdict | Removal | Grant | None:
+        try:
+            message = self.queue.get(block=block)
+        except queue.Empty:
+            return None
+        if message is None:
+            raise EndOfCall
+        return message
+
+
+class ThreadDraft:
+    """One thread per call, which ends with it."""
+
+    concurrent = True
+
+    def __init__(self, drafter: Drafter, lane: ModelLane, free_running: bool) -> None:
+        self._drafter = drafter
+        self._lane = lane
+        self._inbox = _QueueInbox()
+        self._lines: dict[int, Line] = {}
+        self._step_done = threading.Condition()
+        self._num_steps = 0
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(free_running,), name="hf_pearl draft lane", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, free_running: bool) -> None:
+        device = self._lane.device
+        stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+        try:
+            with self._lane.ready(), stream:
+                run_draft_loop(self._drafter, self._inbox, self._publish, free_running)
+        except BaseException as error:  # Whatever it is, the call goes on without a draft and says so.
+            self._error = error
+        with self._step_done:
+            self._step_done.notify_all()
+
+    def _publish(self, lines: list[Line]) -> None:
+        with self._step_done:
+            for line in lines:
+                self._lines[line.request_id] = line
+            self._num_steps = self._drafter.num_steps
+            self._step_done.notify_all()
+
+    @property
+    def num_steps(self) -> int:
+        """Draft steps of this call so far."""
+        return self._num_steps
+
+    @property
+    def step_seconds(self) -> float:
+        """Running mean of a draft step's time; 0.0 while unknown."""
+        return self._drafter.step_seconds
+
+    @property
+    def max_line(self) -> int:
+        """Guesses at which a line waits for a verdict."""
+        return self._drafter.max_line
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the lane before its time."""
+        return self._error
+
+    def send(self, message: Admission | Verdict | Removal) -> None:
+        """Deliver a message, in order."""
+        self._inbox.queue.put(message)
+
+    def grant(self, num_steps: int) -> None:
+        """Allow `num_steps` more draft steps."""
+        self._inbox.queue.put(Grant(num_steps))
+
+    def line(self, request_id: int) -> Line | None:
+        """The last line published for a request."""
+        return self._lines.get(request_id)
+
+    def wait(self, num_steps: int, timeout: float) -> bool:
+        """True when `num_steps` steps of this call are done, False after `timeout` seconds or without a lane."""
+        with self._step_done:
+            self._step_done.wait_for(lambda: self._num_steps >= num_steps or not self._thread.is_alive(), timeout)
+            return self._num_steps >= num_steps
+
+    def finish(self) -> DraftReport:
+        """End the call; say what the draft did."""
+        self.abort()
+        return self._drafter.report()
+
+    def abort(self) -> None:
+        """End the call in whatever state it is; harmless to repeat."""
+        self._inbox.queue.put(None)
+        self._thread.join(JOIN_TIMEOUT)
+        if self._thread.is_alive():
+            raise PearlWorkerError(
+                f"the draft lane's thread did not end within {JOIN_TIMEOUT:.0f} s: a forward or a logits processor of "
+                f"the draft model hangs (step {self._num_steps} of the call was the last it finished)."
+            )
