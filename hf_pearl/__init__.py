@@ -16,8 +16,8 @@ from .enabling import disable, enable
 from .errors import PearlError, PearlOutOfBlocksError, PearlUnsupportedModelError, PearlWorkerError
 from .generation import PearlGenerationMixin
 from .outputs import PearlGenerateOutput
+from .pair import load_demo_pair
 from .registry import clear_cache, release
-
 
 __version__ = "0.1.0"
 
@@ -34,5 +34,6 @@ __all__ = [
     "clear_cache",
     "disable",
     "enable",
+    "load_demo_pair",
     "release",
 ]

@@ -11,7 +11,6 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-
 __all__ = [
     "AttentionInterface",
     "AttentionMaskInterface",
@@ -38,7 +37,7 @@ def pad_token_id(generation_config: GenerationConfig) -> int | None:
 
 def supports_attention_interface(model: PreTrainedModel) -> bool:
     """Whether the model's attention layers go through transformers' `AttentionInterface`."""
-    return bool(getattr(model, "_supports_attention_backend", False)) and model._can_set_attn_implementation()
+    return bool(model._can_set_attn_implementation())
 
 
 _ORIGINAL_GENERATE = GenerationMixin.generate

@@ -13,7 +13,6 @@ from . import compat
 from .config import PearlConfig
 from .generation import pearl_generate, unwrap
 
-
 _lock = threading.Lock()
 
 
@@ -59,9 +58,7 @@ def _with_pearl(original: Any) -> Any:
     return generate
 
 
-def _generate_of_one_model(
-    self: Any, *args: Any, pearl: bool | PearlConfig | None = None, **kwargs: Any
-) -> Any:
+def _generate_of_one_model(self: Any, *args: Any, pearl: bool | PearlConfig | None = None, **kwargs: Any) -> Any:
     """transformers' `generate`, with `pearl`."""
     return pearl_generate(types.MethodType(type(self).generate, self), self, pearl, args, kwargs)
 

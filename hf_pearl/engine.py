@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from .cache import PagedPrefixCache
 from .cache.sizing import num_blocks_for
+from .cache.support import check_supported
 from .config import PearlConfig
 from .decoding.calibration import Calibration
 from .decoding.drafting import Drafter
@@ -35,10 +35,10 @@ from .parallel.threads import ThreadDraft
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of a call: its tokens without padding, and how many pad tokens stood before them."""
+    """One row of a call: its tokens without padding, and the padding that stood before them."""
 
     token_ids: tuple[int, ...]
-    num_padding: int
+    padding: tuple[int, ...]
 
 
 class PearlEngine:
@@ -121,8 +121,8 @@ class PearlEngine:
                 Request(
                     request_id=row,
                     num_prompt_tokens=len(prompt.token_ids),
-                    num_padding=prompt.num_padding,
-                    max_length=rules.max_length - prompt.num_padding,
+                    padding=prompt.padding,
+                    max_length=rules.max_length - len(prompt.padding),
                     verified=list(prompt.token_ids),
                     seed=seed,
                     noise=None if seed is None else NoiseSource(seed, vocab_size, weight.device),
@@ -174,7 +174,7 @@ class PearlEngine:
         if runner is None:
             return NoDraft()
         if config.draft_length == "auto":
-            return FreeRunning(runner, self.forward_times, self.acceptance)
+            return FreeRunning(runner, self.forward_times, self.acceptance, config.overlap)
         return Lockstep(runner, config.draft_length, config.overlap)
 
     @staticmethod
@@ -190,6 +190,8 @@ class PearlEngine:
     def _prepare_caches(self, target: PreTrainedModel, draft: PreTrainedModel | None, config: PearlConfig) -> None:
         """Make the caches that are missing, and clear those whose model has changed since the last call."""
         models = {"target": target} if draft is None else {"target": target, "draft": draft}
+        for model in models.values():
+            check_supported(model)
         num_blocks = num_blocks_for(list(models.values()), config.cache_bytes)
         for name, model in models.items():
             cache, now = self.caches.get(name), fingerprint(model)

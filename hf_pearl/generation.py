@@ -6,15 +6,17 @@ transformers prepares inputs, logits processors and stopping criteria, and calls
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
@@ -31,7 +33,6 @@ from .decoding.stats import PearlStats
 from .engine import Prompt
 from .outputs import PearlGenerateOutput
 from .registry import engine_for
-
 
 GenerateOutput = torch.Tensor | PearlGenerateOutput
 
@@ -57,12 +58,17 @@ def pearl_generate(
     if config is None:
         return generate(*args, **kwargs)
     arguments = {name: value for name, value in arguments.items() if value is not None}
+    if not isinstance(arguments.get("generation_config", GenerationConfig()), GenerationConfig):
+        raise TypeError(f"`generation_config` must be a GenerationConfig, got {arguments['generation_config']!r}.")
     extra = {name: value for name, value in arguments.items() if name not in _positional_names()}
     generation_config = compat.effective_generation_config(model, arguments.get("generation_config"), extra)
     check_arguments(model, generation_config, arguments)
     draft = unwrap(arguments.pop("assistant_model", None))
     streamer = arguments.pop("streamer", None)
-    _move_stop_strings(arguments, generation_config)
+    stop_strings = generation_config.stop_strings
+    if stop_strings:
+        criterion = StopStringCriteria(arguments["tokenizer"], stop_strings)
+        arguments["stopping_criteria"] = StoppingCriteriaList([*arguments.get("stopping_criteria", ()), criterion])
     for name in ("synced_gpus", "assistant_tokenizer", "tokenizer"):
         arguments.pop(name, None)
 
@@ -78,11 +84,13 @@ def pearl_generate(
         mask = model_kwargs.get("attention_mask")
         return _decode(model, draft, input_ids, mask, rules, generation_config, config)
 
-    return generate(**arguments, custom_generate=decode)
+    with _without_stop_strings(model, arguments):
+        return generate(**arguments, custom_generate=decode)
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper, whose layers carry the adapters; any other model as it is."""
+    """The transformers model inside `torch.compile`'s and PEFT's wrappers, whose layers carry the adapters."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -100,21 +108,30 @@ def _asked_for(pearl: Any, model: Any, arguments: dict[str, Any]) -> Any:
     return pearl
 
 
-def _move_stop_strings(arguments: dict[str, Any], generation_config: GenerationConfig) -> None:
-    """Turn `stop_strings` into a criterion: transformers drops the tokenizer on its way to a callable."""
-    if not generation_config.stop_strings:
-        return
-    criterion = StopStringCriteria(arguments["tokenizer"], generation_config.stop_strings)
-    arguments["stopping_criteria"] = StoppingCriteriaList([*arguments.get("stopping_criteria", ()), criterion])
+@contextmanager
+def _without_stop_strings(model: Any, arguments: dict[str, Any]) -> Iterator[None]:
+    """Hide `stop_strings` from transformers, which drops the tokenizer on its way to a callable and then misses it.
+
+    They stand as a criterion already. The model's own default can be hidden in place only; it is put back at the end.
+    """
     arguments.pop("stop_strings", None)
-    if arguments.get("generation_config") is not None:
-        arguments["generation_config"] = _without_stop_strings(arguments["generation_config"])
+    given = arguments.get("generation_config")
+    if given is not None and given.stop_strings is not None:
+        arguments["generation_config"] = copy.deepcopy(given)
+        arguments["generation_config"].stop_strings = None
+    default = model.generation_config.stop_strings
+    if default is None:
+        yield
+        return
+    with _hiding:
+        model.generation_config.stop_strings = None
+        try:
+            yield
+        finally:
+            model.generation_config.stop_strings = default
 
 
-def _without_stop_strings(generation_config: GenerationConfig) -> GenerationConfig:
-    copied = GenerationConfig.from_dict(generation_config.to_dict())
-    copied.stop_strings = None
-    return copied
+_hiding = threading.RLock()
 
 
 def _rules(
@@ -164,7 +181,7 @@ def _decode(
 def _prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[Prompt]:
     rows = input_ids.tolist()
     paddings = [0] * len(rows) if attention_mask is None else (attention_mask == 0).sum(dim=1).tolist()
-    return [Prompt(tuple(row[padding:]), padding) for row, padding in zip(rows, paddings, strict=True)]
+    return [Prompt(tuple(row[padding:]), tuple(row[:padding])) for row, padding in zip(rows, paddings, strict=True)]
 
 
 def _sequences(input_ids: torch.Tensor, requests: list[Request], rules: Rules) -> torch.Tensor:
@@ -176,9 +193,7 @@ def _sequences(input_ids: torch.Tensor, requests: list[Request], rules: Rules) -
     return torch.cat([input_ids, generated], dim=1)
 
 
-def _output(
-    sequences: torch.Tensor, requests: list[Request], rules: Rules, stats: PearlStats
-) -> PearlGenerateOutput:
+def _output(sequences: torch.Tensor, requests: list[Request], rules: Rules, stats: PearlStats) -> PearlGenerateOutput:
     return PearlGenerateOutput(
         sequences=sequences,
         scores=_stacked([r.scores for r in requests], rules, -torch.inf) if rules.output_scores else None,

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from .engine import PearlEngine
 
-
 _lock = threading.Lock()
 # target -> draft -> engine; plain decoding stands under the target itself.
 _engines: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakKeyDictionary[torch.nn.Module, PearlEngine]] = (

@@ -210,7 +210,7 @@ def check_call(arguments: dict[str, Any], model: Any = MODEL) -> None:
 def state_of(model: torch.nn.Module, config: GenerationConfig, arguments: dict[str, Any]) -> list[Any]:
     """Return what a check could have changed: attributes, weights' versions, configs, the call and its tensors."""
     versions = [(name, id(weight), weight._version) for name, weight in model.named_parameters()]
-    tensors = {name: value.tolist() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: repr(value.tolist()) for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     attributes = {name: id(value) for name, value in vars(model).items()}
     owned = repr((model.config.to_dict(), vars(model.generation_config), vars(config)))
     return [versions, tensors, attributes, owned, dict.fromkeys(arguments), [id(each) for each in arguments.values()]]
@@ -261,9 +261,7 @@ def test_a_refusal_names_the_argument_and_leaves_no_trace(case: Case) -> None:
     before = state_of(MODEL, config, arguments)
     with pytest.raises(ERRORS, match=rf"^`pearl` refuses `{case.name}` \(.+\): .+\. .+\.$") as caught:
         check_arguments(MODEL, config, arguments)
-    assert type(caught.value) is case.error or issubclass(case.error, NotImplementedError) > (
-        not isinstance(caught.value, case.error)
-    )
+    assert isinstance(caught.value, case.error)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     assert state_of(MODEL, config, arguments) == before
 
@@ -371,10 +369,10 @@ def test_soft_prompts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     peft = pytest.importorskip("peft", reason="needs peft")
     base = LlamaForCausalLM(MODEL.config)
     prompted = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(NotImplementedError, match="`assistant_model` .*soft prompt"):
+    with pytest.raises(NotImplementedError, match=r"`assistant_model` .*soft prompt"):
         check_call({"assistant_model": prompted})
     monkeypatch.setattr(LlamaForCausalLM, "generate", lambda self, **arguments: check_call(arguments, self))
-    with pytest.raises(NotImplementedError, match="`model` .*soft prompt"):
+    with pytest.raises(NotImplementedError, match=r"`model` .*soft prompt"):
         prompted.generate(input_ids=IDS)
     base.generate(input_ids=IDS)  # the adapter is not in the way of the model itself
     lora = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
@@ -403,7 +401,7 @@ def test_any_call_passes_or_is_refused_by_name(seed: int) -> None:
     anything = [None, True, False, 0, 1, -1, 3, 2.5, 1j, float("nan"), "", "a", [], [3], [[3, 4]], (), {}, {"a": 1},
                 b"a", object(), print, int, MODEL, T5, TOKENIZER, GUIDANCE, SYNTH_ID, DynamicCache(), torch.tensor(3),
                 torch.zeros(0), torch.ones(2), IDS, MASK, MASK.flip(1), POSITIONS, IDS.double(), torch.ones(1, 2, 3),
-                torch.zeros(2, 0, dtype=torch.long), IDS.to(torch.complex64), torch.full((2, 4), float("inf"))]  # fmt: skip
+                torch.zeros(2, 0, dtype=torch.long), IDS.to(torch.complex64), torch.full((2, 4), 1e9)]  # fmt: skip
     outcomes = {True: 0, False: 0}
     for _ in range(400):
         chosen = draw.sample(names, draw.randint(1, 5))

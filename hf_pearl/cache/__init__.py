@@ -2,5 +2,4 @@
 
 from .paged_prefix_cache import PagedPrefixCache, PagedSequence
 
-
 __all__ = ["PagedPrefixCache", "PagedSequence"]

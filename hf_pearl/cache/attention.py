@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..compat import AttentionInterface, AttentionMaskInterface, sdpa_mask
-
 
 if TYPE_CHECKING:
     from .step import PagedStep
@@ -48,7 +48,7 @@ def paged_step(step: PagedStep) -> Iterator[None]:
 
 
 @contextmanager
-def paged_attention(model: torch.nn.Module) -> Iterator[None]:
+def paged_attention(model: PreTrainedModel) -> Iterator[None]:
     """Switch `model` to paged attention, and back to what it used when the last user leaves.
 
     Other threads that call the model meanwhile are served by the attention it had: the paged functions act only
@@ -73,7 +73,7 @@ def paged_attention(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _paged_attention_forward(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,  # (1, H, T, D)
     key: torch.Tensor,  # (1, K, T, D)
     value: torch.Tensor,  # (1, K, T, D)
@@ -98,7 +98,7 @@ def _paged_attention_forward(
     return output, None
 
 
-def _original_attention(module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+def _original_attention(module: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     _, name = _switched.get(id(module.config), (0, "sdpa"))
     return AttentionInterface()["sdpa" if name == "eager" else name]  # Models keep their eager function to themselves.
 

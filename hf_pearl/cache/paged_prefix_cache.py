@@ -23,7 +23,6 @@ from .block_pool import BlockPool
 from .prefix_index import PrefixIndex
 from .step import PagedStep, SequenceSpan
 
-
 DEFAULT_BLOCK_SIZE = 32
 INITIAL_BLOCKS = 64
 

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from .paged_prefix_cache import DEFAULT_BLOCK_SIZE
 
-
 CPU_SHARE = 0.25
 CUDA_SHARE = 0.5
 

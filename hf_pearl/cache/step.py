@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
-
 if TYPE_CHECKING:
     from .paged_prefix_cache import PagedPrefixCache
 
@@ -40,36 +39,40 @@ class PagedStep:
         self.cache = cache
         self.spans = spans
         self._masks: dict[int | None, torch.Tensor | None] = {}
-        size = cache.block_size
-        if len(spans) == 1 and _is_one_run(spans[0].block_table):
-            # The common case, read and written as slices of the pool, without a copy.
-            start = spans[0].block_table[0] * size
-            self._run: slice | None = slice(start, start + spans[0].length)
-            self._write: slice | torch.Tensor = slice(
-                start + spans[0].length - spans[0].num_queries, start + spans[0].length
-            )
-            return
-        self._run = None
         self._num_keys = max(span.length for span in spans)
         self._num_queries = max(span.num_queries for span in spans)
-        slots = torch.zeros(len(spans), self._num_keys, dtype=torch.long)
-        write = []
-        for row, span in enumerate(spans):
-            blocks = torch.tensor(span.block_table[: -(-span.length // size)])
-            own = (blocks[:, None] * size + torch.arange(size)).flatten()[: span.length]
-            slots[row, : span.length] = own
-            write.append(own[span.length - span.num_queries :])
-        self._read = slots.flatten().to(cache.device)  # (S * L,)
-        self._write = torch.cat(write).to(cache.device)  # (T,)
-        self._query_rows = self._padded_query_rows().to(cache.device)
+        self._padded_rows = self._find_padded_rows()
+        self._read: slice | torch.Tensor  # S * L slots
+        self._write: slice | torch.Tensor  # T slots
+        if len(spans) == 1 and _is_one_run(spans[0].block_table):
+            # The common case, read and written as slices of the pool, without a copy.
+            start = spans[0].block_table[0] * cache.block_size
+            self._read = slice(start, start + self._num_keys)
+            self._write = slice(start + self._num_keys - self._num_queries, start + self._num_keys)
+        else:
+            self._read, self._write = self._find_slots()
 
-    def _padded_query_rows(self) -> torch.Tensor:
-        """For every packed token its place in the padded queries `(S * Q,)`; short rows are padded at the end."""
+    def _find_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where every sequence's keys lie, short sequences padded with slot 0, and where the new ones go."""
+        size = self.cache.block_size
+        read = torch.zeros(len(self.spans), self._num_keys, dtype=torch.long)
+        write = []
+        for row, span in enumerate(self.spans):
+            blocks = torch.tensor(span.block_table[: -(-span.length // size)])
+            slots = (blocks[:, None] * size + torch.arange(size)).flatten()[: span.length]
+            read[row, : span.length] = slots
+            write.append(slots[span.length - span.num_queries :])
+        return read.flatten().to(self.cache.device), torch.cat(write).to(self.cache.device)
+
+    def _find_padded_rows(self) -> torch.Tensor | None:
+        """Each packed token's place among the queries padded to `(S * Q,)`; None where no padding is needed."""
+        if all(span.num_queries == self._num_queries for span in self.spans):
+            return None
         places = [
             torch.arange(row * self._num_queries, row * self._num_queries + span.num_queries)
             for row, span in enumerate(self.spans)
         ]
-        return torch.cat(places)
+        return torch.cat(places).to(self.cache.device)
 
     def attend(
         self,
@@ -86,21 +89,16 @@ class PagedStep:
         keys, values = self.cache.pools(layer_index, key, value)
         self._store(keys, key)
         self._store(values, value)
-        if self._run is not None:
-            k = keys[self._run].transpose(0, 1)[None]  # (1, K, L, D)
-            v = values[self._run].transpose(0, 1)[None]
-            q = query
-        else:
-            k = keys[self._read].unflatten(0, (len(self.spans), -1)).transpose(1, 2)  # (S, K, L, D)
-            v = values[self._read].unflatten(0, (len(self.spans), -1)).transpose(1, 2)
-            q = self._pad(query)  # (S, H, Q, D)
+        k = keys[self._read].unflatten(0, (len(self.spans), self._num_keys)).transpose(1, 2)  # (S, K, L, D)
+        v = values[self._read].unflatten(0, (len(self.spans), self._num_keys)).transpose(1, 2)
+        q = self._pad(query)  # (S, H, Q, D)
         mask = self._mask(sliding_window)
         if softcap is None and sinks is None:
             output = _grouped_attention(q, k, v, mask, scaling)
         else:
             output = _eager_attention(q, k, v, mask, scaling, softcap, sinks)
-        output = output.transpose(1, 2)  # (S, Q, H, D)
-        return output if self._run is not None else output.flatten(0, 1)[self._query_rows][None]
+        output = output.transpose(1, 2).flatten(0, 1)  # (S * Q, H, D)
+        return (output if self._padded_rows is None else output[self._padded_rows])[None]
 
     def _store(self, pool: torch.Tensor, new: torch.Tensor) -> None:
         rows = new[0].transpose(0, 1)  # (T, K, D)
@@ -110,10 +108,14 @@ class PagedStep:
             pool.index_copy_(0, self._write, rows.contiguous())
 
     def _pad(self, query: torch.Tensor) -> torch.Tensor:
+        if len(self.spans) == 1:
+            return query
         rows = query[0].transpose(0, 1)  # (T, H, D)
-        padded = rows.new_zeros(len(self.spans) * self._num_queries, *rows.shape[1:])
-        padded[self._query_rows] = rows
-        return padded.unflatten(0, (len(self.spans), self._num_queries)).transpose(1, 2)
+        if self._padded_rows is not None:
+            padded = rows.new_zeros(len(self.spans) * self._num_queries, *rows.shape[1:])
+            padded[self._padded_rows] = rows
+            rows = padded
+        return rows.unflatten(0, (len(self.spans), self._num_queries)).transpose(1, 2)
 
     def _mask(self, sliding_window: int | None) -> torch.Tensor | None:
         """`(S, 1, Q, L)` bool, True where a query may look; None where every query sees every key."""
@@ -122,13 +124,12 @@ class PagedStep:
         return self._masks[sliding_window]
 
     def _make_mask(self, sliding_window: int | None) -> torch.Tensor | None:
-        longest = max(span.length for span in self.spans)
-        if len(self.spans) == 1 and self.spans[0].num_queries == 1 and longest <= (sliding_window or longest):
+        sees_all = self._num_queries == 1 and self._num_keys <= (sliding_window or self._num_keys)
+        if sees_all and len(self.spans) == 1:
             return None
-        num_queries = max(span.num_queries for span in self.spans)
         starts = torch.tensor([span.length - span.num_queries for span in self.spans])
-        positions = starts[:, None] + torch.arange(num_queries)  # (S, Q)
-        keys = torch.arange(longest)
+        positions = starts[:, None] + torch.arange(self._num_queries)  # (S, Q)
+        keys = torch.arange(self._num_keys)
         mask = keys <= positions[..., None]
         if sliding_window:
             mask &= keys > positions[..., None] - sliding_window

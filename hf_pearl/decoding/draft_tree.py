@@ -5,6 +5,7 @@ With one line the tree is the paper's draft (PEARL, section 4). Its root is the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -37,6 +38,11 @@ class DraftTree:
     def length(self) -> int:
         """Verified and guessed tokens together."""
         return len(self.verified) + len(self.line)
+
+    @property
+    def chance(self) -> float:
+        """Estimated chance that all of the line stands."""
+        return math.prod(self.chances)
 
     @property
     def room(self) -> int:

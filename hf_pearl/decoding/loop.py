@@ -15,7 +15,6 @@ from .schedule import NoDraft
 from .stats import Interval, PearlStats
 from .verification import Verifier
 
-
 MAX_TOKENS_PER_FORWARD = 4096
 
 
@@ -92,7 +91,9 @@ class DecodingLoop:
 
     def _launch(self, waiting: Sequence[Request], guesses: dict[int, tuple[int, ...]]) -> Launch:
         """The windows of the coming forward: what is verified but not computed, then the draft tokens."""
-        windows, taken, budget, is_decode = [], [], MAX_TOKENS_PER_FORWARD, True
+        windows: list[Window] = []
+        taken: list[tuple[int, ...]] = []
+        budget, is_decode = MAX_TOKENS_PER_FORWARD, True
         for request in waiting:
             request_id = request.request_id
             new = request.verified[self.target.length(request_id) :]

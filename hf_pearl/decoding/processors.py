@@ -5,7 +5,6 @@ from __future__ import annotations
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
-
 # Functions of the scores alone: any rows, at once, without ids.
 _OF_SCORES = (
     "TemperatureLogitsWarper",
@@ -41,6 +40,11 @@ def _classes(names: tuple[str, ...]) -> frozenset[type]:
 
 _OF_SCORES_CLASSES = _classes(_OF_SCORES)
 _OF_ROW_CLASSES = _classes(_OF_ROW)
+
+
+def stateless_classes() -> dict[str, type]:
+    """By name, the processors of transformers that keep nothing from one call to the next."""
+    return {kind.__name__: kind for kind in _OF_SCORES_CLASSES | _OF_ROW_CLASSES}
 
 
 def is_of_scores(processor: LogitsProcessor) -> bool:

@@ -39,8 +39,8 @@ class Request:
         Its row in the batch.
     num_prompt_tokens : int
         Length of its prompt without padding.
-    num_padding : int
-        Pad tokens before its prompt in the user's batch.
+    padding : tuple of int
+        What stands before its prompt in the user's batch: processors and criteria see it too.
     max_length : int
         Length without padding at which it ends at the latest.
     verified : list of int
@@ -53,11 +53,13 @@ class Request:
         Logits that are computed but not judged: rows of a slab wait for each other.
     judged : list of JudgedGuess
         Draft tokens judged since the loop last counted them.
+    was_drafted : bool
+        The last verified token stands because the draft had guessed it.
     """
 
     request_id: int
     num_prompt_tokens: int
-    num_padding: int
+    padding: tuple[int, ...]
     max_length: int
     verified: list[int]
     seed: int | None = None
@@ -67,8 +69,14 @@ class Request:
     num_verdicts: int = 0
     pending: deque[PendingChoice] = field(default_factory=deque)
     judged: list[JudgedGuess] = field(default_factory=list)
+    was_drafted: bool = False
     scores: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def num_padding(self) -> int:
+        """Tokens before its prompt in the user's batch."""
+        return len(self.padding)
 
     @property
     def generated(self) -> list[int]:
@@ -90,7 +98,8 @@ class Request:
         """One more verified token; the logits behind a guess that does not stand are dropped."""
         choice = self.pending.popleft()
         self.verified.append(token_id)
+        self.was_drafted = choice.guess == token_id
         if choice.guess is not None:
-            self.judged.append(JudgedGuess(choice.place, choice.guess == token_id))
-        if choice.guess != token_id:
+            self.judged.append(JudgedGuess(choice.place, self.was_drafted))
+        if not self.was_drafted:
             self.pending.clear()

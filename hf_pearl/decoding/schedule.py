@@ -1,8 +1,8 @@
 """Who runs when: the three schedules of draft and target.
 
-Lockstep and free-running are PEARL: `k = 0` draft tokens right after a rejection is the paper's pre-verify, `k > 0` with
-the draft already beyond the window its post-verify (arXiv 2408.11850, section 4). Sequential is ordinary speculative
-decoding (Leviathan et al. 2023, arXiv 2211.17192).
+Lockstep and free-running are PEARL: `k = 0` draft tokens right after a rejection is the paper's pre-verify, `k > 0`
+with the draft already beyond the window its post-verify (arXiv 2408.11850, section 4). Sequential is ordinary
+speculative decoding (Leviathan et al. 2023, arXiv 2211.17192).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class DraftRunner(Protocol):
         """Allow `num_steps` more draft steps (lockstep and sequential schedules)."""
 
     def wait(self, num_steps: int, timeout: float) -> bool:
-        """Return True when `num_steps` steps of this call are done, False after `timeout` seconds or without a draft."""
+        """True when `num_steps` steps of this call are done, False after `timeout` seconds or without a draft."""
 
 
 class Guesses(NamedTuple):
@@ -112,24 +112,38 @@ class Lockstep(NoDraft):
 
 
 class FreeRunning(NoDraft):
-    """No barrier: the target takes what is there when it becomes free, or waits for more when that pays."""
+    """No barrier: the target takes what is there when it becomes free, or waits for more when that pays.
 
-    def __init__(self, draft: DraftRunner, forward_times: ForwardTimes, acceptance: Acceptance) -> None:
+    Without `overlap` the draft makes a step only when it is waited for: ordinary speculative decoding whose draft
+    length follows the cost model.
+    """
+
+    def __init__(
+        self, draft: DraftRunner, forward_times: ForwardTimes, acceptance: Acceptance, overlap: bool = True
+    ) -> None:
         self.draft = draft
         self.forward_times = forward_times
         self.acceptance = acceptance
+        self.overlap = overlap
 
     def before_forward(self, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
         """The draft tokens of every request that the coming forward verifies; waits for them where that pays."""
         step_seconds = self.draft.step_seconds
         rule = launch_rule(
-            self.acceptance.chance, step_seconds, self.forward_times, max(1, len(requests)), self.draft.concurrent
+            self.acceptance.chance,
+            step_seconds,
+            self.forward_times,
+            max(1, len(requests)),
+            concurrent=self.overlap and self.draft.concurrent,
         )
         for _ in range(self.draft.max_line):
             guesses = {request.request_id: self._guesses(request) for request in requests}
             if not self._wait_pays(requests, guesses, rule):
                 break
-            if not self.draft.wait(self.draft.num_steps + 1, timeout=0.005 + 4 * step_seconds):
+            num_steps = self.draft.num_steps + 1
+            if not self.overlap:
+                self.draft.grant(1)
+            if not self.draft.wait(num_steps, timeout=0.005 + 4 * step_seconds):
                 break
         return {
             request_id: guess.token_ids[: num_worth_verifying(guess.chances, rule.verify_above)]
@@ -141,7 +155,7 @@ class FreeRunning(NoDraft):
 
     def _wait_pays(self, requests: Sequence[Request], guesses: dict[int, Guesses], rule: LaunchRule) -> bool:
         """Whether the lines that may still grow are likely enough, on average over all rows, to be waited for."""
-        if not self.draft.step_seconds and self.draft.concurrent:
+        if not self.draft.step_seconds and self.draft.concurrent and self.overlap:
             return False  # The worker has not started, or not yet made a step: the target does not wait for it.
         total = 0.0
         for request in requests:

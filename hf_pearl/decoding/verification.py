@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ class Slab:
         self._fill = fill = 0 if rules.pad_token_id is None else rules.pad_token_id
         self._ids = torch.full((len(requests), longest + 256), fill, device=device)
         for row, request in enumerate(requests):
-            self._ids[row, request.num_padding : longest] = torch.tensor(request.verified, device=device)
+            self._ids[row, :longest] = torch.tensor([*request.padding, *request.verified], device=device)
         self.length = longest
         self._has_fired = [False] * len(requests)
         self._scores_so_far: tuple[torch.Tensor, ...] = ()
@@ -105,8 +106,7 @@ class Slab:
         live = [request for request in self.requests if not request.finished]
         width = live[0].pending[0].logits
         rows = [
-            width.new_zeros(width.shape) if request.finished else request.pending[0].logits
-            for request in self.requests
+            width.new_zeros(width.shape) if request.finished else request.pending[0].logits for request in self.requests
         ]
         logits = torch.stack(rows).to(torch.float32)  # (R, V)
         scores = self.rules.processors(self._ids[:, : self.length].contiguous(), logits)
@@ -139,7 +139,15 @@ class Slab:
         for request, has_fired in zip(self.requests, self._has_fired, strict=True):
             request.finished = request.finished or (has_fired if self._pads else all(self._has_fired))
         if self.rules.streamer is not None:
-            self.rules.streamer.put(self._ids[:, self.length - 1].cpu())
+            self._stream(self.rules.streamer)
+
+    def _stream(self, streamer: Any) -> None:
+        """Show the last token of every row; a streamer with `put_verified` also hears which the draft had guessed."""
+        token_ids = self._ids[:, self.length - 1].cpu()  # (R,)
+        if hasattr(streamer, "put_verified"):
+            streamer.put_verified(token_ids, [request.was_drafted for request in self.requests])
+        else:
+            streamer.put(token_ids)
 
 
 def choose(scores: torch.Tensor, noise: torch.Tensor | None, ignored: Sequence[bool] = ()) -> list[int]:

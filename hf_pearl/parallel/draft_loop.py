@@ -26,9 +26,7 @@ class Inbox(Protocol):
         """
 
 
-def run_draft_loop(
-    drafter: Drafter, inbox: Inbox, publish: Callable[[list[Line]], None], free_running: bool
-) -> None:
+def run_draft_loop(drafter: Drafter, inbox: Inbox, publish: Callable[[list[Line]], None], free_running: bool) -> None:
     """Draft until the call ends.
 
     Free-running: hear everything, make a step if any line may grow, wait for a message otherwise. In lockstep and

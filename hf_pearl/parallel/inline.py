@@ -1,4 +1,4 @@
-"""The draft lane in the caller's own thread: lanes take turns. Deterministic; for debugging, tests and as a fallback."""
+"""The draft lane in the caller's own thread: lanes take turns. For debugging, tests and as a fallback."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from ..cache.attention import paged_attention, paged_step, register
 from ..decoding.messages import Window
 from ..errors import PearlOutOfBlocksError
 
-
 MAX_TOKENS_PER_FORWARD = 4096
 
 
@@ -88,7 +87,9 @@ class ModelLane:
         """
         sequences = [self._sequences[window.request_id] for window in windows]
         self._append(sequences, windows)
-        token_ids, positions, kept = [], [], []
+        token_ids: list[int] = []
+        positions: list[int] = []
+        kept: list[int] = []
         for sequence, window in zip(sequences, windows, strict=True):
             token_ids.extend(window.token_ids)
             positions.extend(range(sequence.length - len(window.token_ids), sequence.length))

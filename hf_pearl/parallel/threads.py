@@ -14,7 +14,6 @@ from ..errors import PearlWorkerError
 from .draft_loop import EndOfCall, run_draft_loop
 from .lane import ModelLane
 
-
 JOIN_TIMEOUT = 60.0
 POLL_SECONDS = 0.1
 
@@ -48,9 +47,7 @@ class ThreadDraft:
         self._step_done = threading.Condition()
         self._num_steps = 0
         self._error: BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._run, args=(free_running,), name="hf_pearl draft lane", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(free_running,), name="hf_pearl draft lane", daemon=True)
         self._thread.start()
 
     def _run(self, free_running: bool) -> None:

@@ -1,0 +1,50 @@
+"""Which models the paged cache can hold; the others are refused before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..compat import supports_attention_interface
+from ..errors import PearlUnsupportedModelError
+
+# Kinds of layers, as `config.layer_types` names them, that keep keys and values and nothing else.
+_PAGED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
+# Frequencies that depend on the longest position in the forward: one sequence would change the others.
+_ROW_DEPENDENT_ROTARY = frozenset({"dynamic", "longrope"})
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise `PearlUnsupportedModelError`, naming model and layer, unless the paged cache can hold `model`."""
+    config = model.config.get_text_config()
+    if not supports_attention_interface(model):
+        raise _unsupported(model, "its attention layers do not go through transformers' AttentionInterface")
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - _PAGED_LAYERS)
+    if others:
+        raise _unsupported(model, f"it has layers of the kind {', '.join(map(repr, others))}")
+    if getattr(config, "num_kv_shared_layers", None):
+        raise _unsupported(model, "some of its layers use the keys and values of others (num_kv_shared_layers)")
+    for rotary_type in _rotary_types(getattr(config, "rope_parameters", None)):
+        if rotary_type in _ROW_DEPENDENT_ROTARY:
+            raise _unsupported(
+                model,
+                f"its rotary embedding is scaled by the longest sequence of a batch (rope_type {rotary_type!r}), so "
+                f"that sequences would change each other",
+            )
+
+
+def _rotary_types(parameters: Any) -> list[str]:
+    """The rotary types of a config: one, or one per kind of layer."""
+    if not isinstance(parameters, dict):
+        return []
+    if "rope_type" in parameters:
+        return [parameters["rope_type"]]
+    return [kind for nested in parameters.values() for kind in _rotary_types(nested)]
+
+
+def _unsupported(model: PreTrainedModel, reason: str) -> PearlUnsupportedModelError:
+    return PearlUnsupportedModelError(
+        f"{type(model).__name__} cannot run on the paged cache: {reason}. "
+        f"Call `generate` without `pearl` for this model."
+    )

@@ -1,0 +1,249 @@
+"""The decoding under a virtual clock: the same loop, schedule, policy and draft tree, with recorded models.
+
+A trace says of every position whether the draft would have guessed the target's token there, and how sure it was. Token
+ids are 1 where a token is the target's own and 0 where it is not, so that a vocabulary of two is enough.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+
+from .calibration import Calibration
+from .draft_tree import DraftTree
+from .drafting import Drafter
+from .loop import DecodingLoop
+from .messages import Admission, Grant, Line, Removal, Verdict, Window
+from .policy import Acceptance, ForwardTimes
+from .proposal import Guess, Proposer
+from .request import Request
+from .rules import Rules
+from .schedule import FreeRunning, Lockstep, NoDraft
+from .stats import PearlStats
+from .verification import Verifier
+
+
+class TracedGuess(NamedTuple):
+    """The draft's guess at one position: whether it was the target's token, and the probability the draft gave it."""
+
+    stands: bool
+    probability: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a draft step, and of a target forward by the number of its tokens."""
+
+    draft_step: float
+    target_forward: Callable[[int], float]
+
+
+class SimulatedRun(NamedTuple):
+    """Virtual seconds that a trace took, and the call's statistics."""
+
+    seconds: float
+    stats: PearlStats
+
+
+class VirtualClock:
+    """Seconds that pass only when somebody lets them."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class RecordedLane:
+    """A lane that computes nothing: it keeps the lengths of its sequences, and its logits always say 1."""
+
+    def __init__(self, advance: Callable[[Sequence[Window]], None]) -> None:
+        self._lengths: dict[int, int] = {}
+        self._advance = advance
+
+    def admit(self, request_id: int, token_ids: Sequence[int]) -> int:
+        """Begin a sequence, with nothing cached."""
+        self._lengths[request_id] = 0
+        return 0
+
+    def length(self, request_id: int) -> int:
+        """Tokens of a sequence so far."""
+        return self._lengths[request_id]
+
+    def forward(self, windows: Sequence[Window]) -> torch.Tensor:
+        """Let the time of a forward pass; `(sum of num_logits, 2)`."""
+        for window in windows:
+            self._lengths[window.request_id] += len(window.token_ids)
+        self._advance(windows)
+        return torch.tensor([[0.0, 1.0]]).expand(sum(window.num_logits for window in windows), 2)
+
+    def rollback(self, request_id: int, length: int) -> None:
+        """Drop tokens."""
+        self._lengths[request_id] = length
+
+    def release(self, request_id: int, verified: Sequence[int]) -> None:
+        """End a sequence."""
+        del self._lengths[request_id]
+
+
+class RecordedProposer(Proposer):
+    """Guesses from a trace; behind a guess that is wrong, every further one is wrong too."""
+
+    def __init__(self, traces: Sequence[Sequence[TracedGuess]]) -> None:
+        super().__init__(2, LogitsProcessorList())
+        self._traces = traces
+
+    def propose(self, logits: torch.Tensor, requests: Sequence[tuple[int, DraftTree]]) -> list[Guess]:
+        """One guess per request, at the end of its line."""
+        guesses = []
+        for request_id, tree in requests:
+            traced = self._traces[request_id][tree.length - 1]
+            stands = traced.stands and all(tree.line)
+            guesses.append(Guess(request_id, int(stands), traced.probability))
+        return guesses
+
+
+class VirtualDraft:
+    """A draft lane in virtual time: a step that began before a message was sent ends without having heard it."""
+
+    concurrent = True
+
+    def __init__(self, drafter: Drafter, costs: Costs, clock: VirtualClock, free_running: bool) -> None:
+        self._drafter = drafter
+        self._costs = costs
+        self._clock = clock
+        self._free_running = free_running
+        self._inbox: deque[Admission | Verdict | Removal | Grant] = deque()
+        self._granted = 0
+        self._lines: dict[int, Line] = {}
+        self._step_ends: float | None = None
+        self._made: list[Line] = []
+        self.num_steps = 0
+
+    @property
+    def step_seconds(self) -> float:
+        """The true time of a draft step."""
+        return self._costs.draft_step
+
+    @property
+    def max_line(self) -> int:
+        """Guesses at which a line waits for a verdict."""
+        return self._drafter.max_line
+
+    def send(self, message: Admission | Verdict | Removal) -> None:
+        """Deliver a message; it is heard at the end of the step in progress."""
+        self._inbox.append(message)
+        self._begin()
+
+    def grant(self, num_steps: int) -> None:
+        """Allow `num_steps` more draft steps."""
+        self._inbox.append(Grant(num_steps))
+        self._begin()
+
+    def line(self, request_id: int) -> Line | None:
+        """The last line published for a request."""
+        return self._lines.get(request_id)
+
+    def wait(self, num_steps: int, timeout: float) -> bool:
+        """Let time pass until `num_steps` steps are done."""
+        deadline = self._clock.now + timeout
+        while self.num_steps < num_steps and self._step_ends is not None and self._step_ends <= deadline:
+            self.run_until(self._step_ends)
+        if self.num_steps < num_steps:
+            self._clock.now = deadline
+        return self.num_steps >= num_steps
+
+    def run_until(self, end: float) -> None:
+        """Let time pass until `end`, with all draft steps that end by then."""
+        while self._step_ends is not None and self._step_ends <= end:
+            self._clock.now = self._step_ends
+            self._publish()
+            self._begin()
+        self._clock.now = end
+
+    def _publish(self) -> None:
+        for line in self._made:
+            self._lines[line.request_id] = line
+        self.num_steps = self._drafter.num_steps
+        self._step_ends = None
+
+    def _begin(self) -> None:
+        """Hear what is there, and begin a step if there is one to make."""
+        if self._step_ends is not None:
+            return
+        while not self._granted and self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, Grant):
+                self._granted += message.num_steps
+            else:
+                self._drafter.handle(message)
+        if self._granted or (self._free_running and self._drafter.has_work()):
+            self._granted = max(0, self._granted - 1)
+            self._made = self._drafter.step()
+            self._step_ends = self._clock.now + (self._costs.draft_step if self._made else 0.0)
+
+
+def simulate_run(
+    traces: Sequence[Sequence[TracedGuess]],
+    costs: Costs,
+    draft_length: int | str | None = "auto",
+    overlap: bool = True,
+) -> SimulatedRun:
+    """Decode traces, one per row, in virtual time.
+
+    Parameters
+    ----------
+    draft_length : int, "auto" or None
+        As in `PearlConfig`; None is plain decoding.
+    overlap : bool
+        As in `PearlConfig`.
+    """
+    clock = VirtualClock()
+    draft: VirtualDraft | None = None
+
+    def advance_target(windows: Sequence[Window]) -> None:
+        end = clock.now + costs.target_forward(sum(len(window.token_ids) for window in windows))
+        if draft is not None and overlap:
+            draft.run_until(end)
+        clock.now = end
+
+    if draft_length is not None:
+        lane = RecordedLane(lambda windows: None)
+        drafter = Drafter(lane, RecordedProposer(traces), Calibration())
+        draft = VirtualDraft(drafter, costs, clock, draft_length == "auto" and overlap)
+    return _run(traces, RecordedLane(advance_target), draft, clock, draft_length, overlap)
+
+
+def _run(
+    traces: Sequence[Sequence[TracedGuess]],
+    target: RecordedLane,
+    draft: VirtualDraft | None,
+    clock: VirtualClock,
+    draft_length: int | str | None,
+    overlap: bool,
+) -> SimulatedRun:
+    longest = max(len(trace) for trace in traces)
+    criteria = StoppingCriteriaList([MaxLengthCriteria(longest + 1)])
+    rules = Rules(LogitsProcessorList(), criteria, do_sample=False, max_length=longest + 1)
+    requests = [Request(row, 1, (), longest + 1, [1]) for row in range(len(traces))]
+    for request in requests:
+        target.admit(request.request_id, request.verified)
+        if draft is not None:
+            draft.send(Admission(request.request_id, (1,), longest + 1, 0, None))
+    schedule = NoDraft()
+    if draft is not None:
+        schedule = (
+            FreeRunning(draft, ForwardTimes(), Acceptance(), overlap)
+            if isinstance(draft_length, str)
+            else Lockstep(draft, draft_length or 1, overlap)
+        )
+    stats = PearlStats()
+    verifier = Verifier(requests, rules, torch.device("cpu"))
+    DecodingLoop(target, requests, verifier, schedule, draft, stats, clock).run()
+    return SimulatedRun(clock.now, stats)
