@@ -5,21 +5,29 @@ Checked on transformers 5.17.0 and 5.23.0, torch 2.11 and 2.13.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 __all__ = [
     "AttentionInterface",
     "AttentionMaskInterface",
+    "eager_attention",
     "effective_generation_config",
     "original_generate",
     "pad_token_id",
-    "sdpa_mask",
     "supports_attention_interface",
 ]
+
+
+def eager_attention(module: Any) -> Callable[..., Any]:
+    """The eager attention function of an attention layer: every modeling file has its own, under one name."""
+    modeling = sys.modules[type(module).__module__]
+    return getattr(modeling, "eager_attention_forward", AttentionInterface()["sdpa"])
 
 
 def effective_generation_config(

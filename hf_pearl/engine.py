@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .cache import PagedPrefixCache
 from .cache.sizing import num_blocks_for
@@ -28,9 +29,16 @@ from .decoding.schedule import FreeRunning, Lockstep, NoDraft
 from .decoding.stats import PearlStats, overlap
 from .decoding.verification import Verifier
 from .fingerprint import fingerprint
+from .parallel.cores import leaving_cores
+from .parallel.draft_workers import DraftWorkers, Execution
 from .parallel.inline import InlineDraft
 from .parallel.lane import ModelLane
+from .parallel.processes import ProcessDraft
 from .parallel.threads import ThreadDraft
+
+Runner = InlineDraft | ThreadDraft | ProcessDraft
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class PearlEngine:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.caches: dict[str, PagedPrefixCache] = {}
+        self.workers = DraftWorkers()  # They end with the engine, also when it is garbage.
         self.calibration = Calibration()
         self.forward_times = ForwardTimes()
         self.acceptance = Acceptance()
@@ -102,10 +111,12 @@ class PearlEngine:
         with self.lock:
             for cache in self.caches.values():
                 cache.clear()
+            self.workers.clear()
 
     def close(self) -> None:
-        """Give the caches back, as soon as no call is running; the next call begins cold."""
+        """Give caches and worker back, as soon as no call is running; the next call begins cold."""
         with self.lock:
+            self.workers.close()
             self.caches.clear()
             self._fingerprints.clear()
 
@@ -139,38 +150,49 @@ class PearlEngine:
         rules: Rules,
         config: PearlConfig,
         stats: PearlStats,
-    ) -> Iterator[InlineDraft | ThreadDraft | None]:
+    ) -> Iterator[Runner | None]:
         """The draft lane of a call, with every request admitted; ended in whatever state it is."""
         if draft is None:
             yield None
             return
-        lane = ModelLane(draft, self.caches["draft"], config.prefix_cache)
+        stats.execution = execution = self.workers.choose(
+            config, draft, self._fingerprints["draft"], self.caches["draft"].pool.max_blocks
+        )
         vocab_size = target_lane.model.get_output_embeddings().weight.shape[0]
-        proposer = Proposer(vocab_size, draft_processors(rules.processors), rules.pad_token_id or 0)
-        drafter = Drafter(lane, proposer, self.calibration)
-        runner: InlineDraft | ThreadDraft
-        if config.execution == "inline":
-            runner = InlineDraft(drafter, lane)
-        else:
-            runner = ThreadDraft(drafter, lane, free_running=config.draft_length == "auto" and config.overlap)
-        stats.execution = "inline" if config.execution == "inline" else "threads"
-        longest = getattr(draft.config.get_text_config(), "max_position_embeddings", None) or 2**31
-        try:
-            for request in requests:
-                runner.send(
-                    Admission(
-                        request.request_id,
-                        tuple(request.verified),
-                        min(request.max_length, longest),
-                        request.num_padding,
-                        request.seed,
-                    )
-                )
-            yield runner
-        finally:
-            runner.abort()
+        with leaving_cores(1 if execution == "processes" else 0):
+            runner = self._runner(execution, draft, vocab_size, rules, config)
+            try:
+                self._admit(runner, draft, requests)
+                yield runner
+            finally:
+                runner.abort()
 
-    def _schedule(self, runner: InlineDraft | ThreadDraft | None, config: PearlConfig) -> NoDraft:
+    def _runner(
+        self, execution: Execution, draft: PreTrainedModel, vocab_size: int, rules: Rules, config: PearlConfig
+    ) -> Runner:
+        processors, pad_token_id = draft_processors(rules.processors), rules.pad_token_id or 0
+        free_running = config.draft_length == "auto" and config.overlap
+        if execution == "processes" and self.workers.worker is not None:
+            return self.workers.worker.call(vocab_size, processors, pad_token_id, free_running, config.prefix_cache)
+        lane = ModelLane(draft, self.caches["draft"], config.prefix_cache)
+        drafter = Drafter(lane, Proposer(vocab_size, processors, pad_token_id), self.calibration)
+        return InlineDraft(drafter, lane) if execution == "inline" else ThreadDraft(drafter, lane, free_running)
+
+    @staticmethod
+    def _admit(runner: Runner, draft: PreTrainedModel, requests: Sequence[Request]) -> None:
+        longest = getattr(draft.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        for request in requests:
+            runner.send(
+                Admission(
+                    request.request_id,
+                    tuple(request.verified),
+                    min(request.max_length, longest),
+                    request.num_padding,
+                    request.seed,
+                )
+            )
+
+    def _schedule(self, runner: Runner | None, config: PearlConfig) -> NoDraft:
         if runner is None:
             return NoDraft()
         if config.draft_length == "auto":
@@ -178,7 +200,7 @@ class PearlEngine:
         return Lockstep(runner, config.draft_length, config.overlap)
 
     @staticmethod
-    def _report(runner: InlineDraft | ThreadDraft, loop: DecodingLoop, stats: PearlStats) -> None:
+    def _report(runner: Runner, loop: DecodingLoop, stats: PearlStats) -> None:
         report = runner.finish()
         stats.draft_steps = report.num_steps
         stats.drafted_tokens = report.num_drafted
@@ -186,6 +208,8 @@ class PearlEngine:
         stats.draft_prefilled_tokens = report.num_prefilled
         stats.draft_seconds = sum(end - start for start, end in report.intervals)
         stats.overlap_seconds = overlap(loop.intervals, report.intervals)
+        if runner.error is not None:
+            logger.warning(f"The draft lane failed, and the call went on without it: {runner.error!r}")
 
     def _prepare_caches(self, target: PreTrainedModel, draft: PreTrainedModel | None, config: PearlConfig) -> None:
         """Make the caches that are missing, and clear those whose model has changed since the last call."""

@@ -57,10 +57,12 @@ def pearl_generate(
     config = PearlConfig.from_argument(_asked_for(pearl, model, arguments))
     if config is None:
         return generate(*args, **kwargs)
-    arguments = {name: value for name, value in arguments.items() if value is not None}
+    # An argument of None was not given; a field of the config that is None is set to None (`eos_token_id=None`).
+    positional = _positional_names()
+    arguments = {name: value for name, value in arguments.items() if value is not None or name not in positional}
     if not isinstance(arguments.get("generation_config", GenerationConfig()), GenerationConfig):
         raise TypeError(f"`generation_config` must be a GenerationConfig, got {arguments['generation_config']!r}.")
-    extra = {name: value for name, value in arguments.items() if name not in _positional_names()}
+    extra = {name: value for name, value in arguments.items() if name not in positional}
     generation_config = compat.effective_generation_config(model, arguments.get("generation_config"), extra)
     check_arguments(model, generation_config, arguments)
     draft = unwrap(arguments.pop("assistant_model", None))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from ..compat import AttentionInterface, AttentionMaskInterface, sdpa_mask
+from ..compat import AttentionInterface, AttentionMaskInterface, eager_attention
 
 if TYPE_CHECKING:
     from .step import PagedStep
@@ -98,14 +98,21 @@ def _paged_attention_forward(
     return output, None
 
 
+def _original_implementation(config: Any) -> str:
+    return _switched.get(id(config), (0, "sdpa"))[1]
+
+
 def _original_attention(module: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    _, name = _switched.get(id(module.config), (0, "sdpa"))
-    return AttentionInterface()["sdpa" if name == "eager" else name]  # Models keep their eager function to themselves.
+    name = _original_implementation(module.config)
+    return eager_attention(module) if name == "eager" else AttentionInterface()[name]
 
 
 def _paged_mask(**kwargs: Any) -> torch.Tensor | None:
-    """No mask inside a paged step, which knows every sequence's length; the usual one elsewhere."""
-    return None if _current.step is not None else sdpa_mask(**kwargs)
+    """No mask inside a paged step, which knows every sequence's length; elsewhere that of the original attention."""
+    if _current.step is not None:
+        return None
+    original = AttentionMaskInterface().get(_original_implementation(kwargs.get("config")))
+    return None if original is None else original(**kwargs)
 
 
 def register() -> None:

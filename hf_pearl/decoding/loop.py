@@ -97,7 +97,7 @@ class DecodingLoop:
         for request in waiting:
             request_id = request.request_id
             new = request.verified[self.target.length(request_id) :]
-            guess = guesses.get(request_id, ()) if len(new) == 1 else ()
+            guess = guesses.get(request_id, ())[: max(0, budget - 1)] if len(new) == 1 else ()
             is_decode = is_decode and len(request.verified) > request.num_prompt_tokens
             if len(new) + len(guess) > budget:
                 if budget:  # A long prompt is computed in pieces; its logits come with the last one.

@@ -99,19 +99,28 @@ def launch_rule(
 def cycle_rate(
     wait: int, chance: float, draft_seconds: float, forward: ForwardTimes, num_rows: int, concurrent: bool
 ) -> float:
-    """Tokens per second and row of the policy "after a miss, wait for `wait` draft tokens"."""
-    ahead = 0
+    """Tokens per second and row of the policy "after a miss, wait for `wait` draft tokens".
+
+    A miss finds a concurrent draft in the middle of a step, which it finishes first: half a step on average. Where the
+    target waits for draft tokens, it waits for that too; where it does not, its next window is so much shorter.
+    """
+    first_forward = forward.seconds(num_rows * (1 + wait))
+    ahead = restart = 0.0
     if concurrent:
-        ahead = min(MAX_WAIT, max(0, int(forward.seconds(num_rows * (1 + wait)) / draft_seconds) - 1))
-    later = max(ahead, wait)
-    first_time = wait * draft_seconds + forward.seconds(num_rows * (1 + wait))
-    later_time = (later - ahead) * draft_seconds + forward.seconds(num_rows * (1 + later))
-    num_later = chance ** (wait + 1) / (1.0 - chance ** (later + 1))
-    tokens = _expected_tokens(chance, wait) + num_later * _expected_tokens(chance, later)
-    return tokens / (first_time + num_later * later_time)
+        ahead, restart = min(MAX_WAIT, max(0.0, first_forward / draft_seconds - 1.0)), 0.5
+    second, later = max(wait, ahead - (0.0 if wait else restart)), max(wait, ahead)
+    missing_seconds = (later - ahead) * draft_seconds
+    num_second = chance ** (wait + 1)
+    num_later = num_second * chance ** (second + 1) / (1.0 - chance ** (later + 1))
+    seconds = first_forward + ((wait + restart) * draft_seconds if wait else 0.0)
+    seconds += num_second * (missing_seconds + forward.seconds(num_rows * (1 + second)))
+    seconds += num_later * (missing_seconds + forward.seconds(num_rows * (1 + later)))
+    tokens = _expected_tokens(chance, wait)
+    tokens += num_second * _expected_tokens(chance, second) + num_later * _expected_tokens(chance, later)
+    return tokens / seconds
 
 
-def _expected_tokens(chance: float, num_guesses: int) -> float:
+def _expected_tokens(chance: float, num_guesses: float) -> float:
     """Accepted draft tokens plus one, of a window of `num_guesses` (Leviathan et al. 2023, equation 1)."""
     return (1.0 - chance ** (num_guesses + 1)) / (1.0 - chance)
 

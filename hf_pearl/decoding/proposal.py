@@ -60,11 +60,12 @@ class Proposer:
         scores = self._process(self._fit(logits), requests)  # (N, V)
         noisy = scores + self._noise_rows(requests, scores.device) if self._samples(requests) else scores
         chosen = noisy.argmax(dim=-1)
-        probabilities = scores.gather(1, chosen[:, None])[:, 0] - scores.logsumexp(dim=-1)
+        log_probabilities = scores.gather(1, chosen[:, None])[:, 0] - scores.logsumexp(dim=-1)
+        probabilities = log_probabilities.exp().nan_to_num(0.0)  # NaN where the processors exclude every token
         return [
             Guess(request_id, token_id, probability)
             for (request_id, _), token_id, probability in zip(
-                requests, chosen.tolist(), probabilities.exp().tolist(), strict=True
+                requests, chosen.tolist(), probabilities.tolist(), strict=True
             )
         ]
 

@@ -59,6 +59,8 @@ class Verifier:
 
     def _judge_at_once(self) -> None:
         waiting = [request for request in self.requests if request.pending]
+        if not waiting:  # A piece of a long prompt.
+            return
         logits = torch.stack([choice.logits for request in waiting for choice in request.pending]).float()
         scores = self.rules.processors(None, logits)  # (N, V)
         noise = None

@@ -13,6 +13,7 @@ class InlineDraft:
     """Runs draft steps when somebody waits for them."""
 
     concurrent = False
+    error: BaseException | None = None  # An error of the draft reaches the caller at once.
 
     def __init__(self, drafter: Drafter, lane: ModelLane) -> None:
         self._drafter = drafter

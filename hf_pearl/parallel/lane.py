@@ -50,8 +50,8 @@ class ModelLane:
 
         Inside, every sequence that was admitted is freed, whatever happens.
         """
-        was_training = self.model.training
-        if was_training:
+        training = [module for module in self.model.modules() if module.training]
+        if training:
             self.model.eval()
         try:
             with paged_attention(self.model), torch.no_grad():
@@ -60,8 +60,8 @@ class ModelLane:
             for sequence in self._sequences.values():
                 self.cache.free(sequence)
             self._sequences.clear()
-            if was_training:
-                self.model.train()
+            for module in training:  # One by one: a part of a model that is trained may be frozen.
+                module.training = True
 
     def admit(self, request_id: int, token_ids: Sequence[int]) -> int:
         """Begin a sequence; return how many of `token_ids` the cache already holds (always short of the last)."""
@@ -99,7 +99,7 @@ class ModelLane:
         step = self.cache.begin_step(sequences, [len(window.token_ids) for window in windows])
         options = {}
         if self._takes_logits_to_keep and len(kept) < len(token_ids):
-            options["logits_to_keep"] = torch.tensor(kept, device=self.device)
+            options["logits_to_keep"] = torch.tensor(kept, dtype=torch.long, device=self.device)
         with paged_step(step):
             logits = self.model(
                 input_ids=packed.to(self.device),

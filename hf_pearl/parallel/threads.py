@@ -47,6 +47,7 @@ class ThreadDraft:
         self._step_done = threading.Condition()
         self._num_steps = 0
         self._error: BaseException | None = None
+        self._has_ended = False
         self._thread = threading.Thread(target=self._run, args=(free_running,), name="hf_pearl draft lane", daemon=True)
         self._thread.start()
 
@@ -59,6 +60,7 @@ class ThreadDraft:
         except BaseException as error:  # Whatever it is, the call goes on without a draft and says so.
             self._error = error
         with self._step_done:
+            self._has_ended = True  # The thread itself is still alive while it says so.
             self._step_done.notify_all()
 
     def _publish(self, lines: list[Line]) -> None:
@@ -103,7 +105,7 @@ class ThreadDraft:
     def wait(self, num_steps: int, timeout: float) -> bool:
         """True when `num_steps` steps of this call are done, False after `timeout` seconds or without a lane."""
         with self._step_done:
-            self._step_done.wait_for(lambda: self._num_steps >= num_steps or not self._thread.is_alive(), timeout)
+            self._step_done.wait_for(lambda: self._num_steps >= num_steps or self._has_ended, timeout)
             return self._num_steps >= num_steps
 
     def finish(self) -> DraftReport:

@@ -1,0 +1,44 @@
+"""`python -m hf_pearl COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from transformers.utils import logging
+
+from . import __version__, demo
+from .command_line import UsageError
+
+# Every command is a module with `add_arguments(parser)` and `run(args) -> exit status`; its docstring is its help.
+COMMANDS = {"demo": demo}
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit status: 0, 1 for a failure, 2 for a wrong option, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m hf_pearl", description="Parallel speculative decoding (PEARL).")
+    parser.add_argument("--version", action="version", version=f"hf_pearl {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    parsers = {}
+    for name, module in COMMANDS.items():
+        text = module.__doc__ or ""
+        parsers[name] = commands.add_parser(
+            name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(parsers[name])
+    args = parser.parse_args(arguments)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return COMMANDS[args.command].run(args)
+    except UsageError as error:
+        parsers[args.command].error(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

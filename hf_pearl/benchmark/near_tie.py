@@ -1,0 +1,75 @@
+"""Where two outputs part: is it a near-tie of the target's own choice?
+
+A token's logits change with the size of the window that they are computed in (rounding), so that two tokens which are
+nearly equally good may change places. Such a first difference says nothing about the decoding; any other is a bug.
+
+Shapes: `t` tokens, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from ..decoding.noise import gumbel_noise, request_seed
+
+WINDOWS = (1, 4, 9)  # query tokens: plain decoding, and what speculative decoding verifies at once
+
+
+def first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:
+    """The first place where two outputs differ (one may end before the other); None where they are equal."""
+    for place, (one, other) in enumerate(zip(expected, got, strict=False)):
+        if one != other:
+            return place
+    return None if len(expected) == len(got) else min(len(expected), len(got))
+
+
+@torch.no_grad()
+def is_near_tie(
+    target: PreTrainedModel,
+    prompt: torch.Tensor,
+    expected: Sequence[int],
+    got: Sequence[int],
+    temperature: float = 0.0,
+    call_seed: int = 0,
+) -> bool:
+    """Whether two outputs part at two tokens that the target finds equally good, as far as its rounding can tell.
+
+    That is: their scores (`log p`, with the noise of sampling) are at most twice as far apart as the largest change of
+    a score between windows of different sizes.
+
+    Parameters
+    ----------
+    prompt : torch.Tensor
+        `(1, prompt length)`, without padding.
+    expected, got : sequence of int
+        The tokens after the prompt.
+    """
+    place = first_difference(expected, got)
+    if place is None or place >= min(len(expected), len(got)):
+        return False  # Equal, or they stop differently.
+    ids = torch.cat([prompt, torch.tensor([list(expected[:place])], dtype=prompt.dtype, device=prompt.device)], dim=1)
+    scale = temperature or 1.0
+    first, *others = [window_logits(target, ids, prompt.shape[1], window) / scale for window in WINDOWS]
+    change = max(float((first - other).abs().max()) for other in others)
+    scores = first[-1]
+    if temperature:
+        scores = scores + gumbel_noise(request_seed(call_seed, 0), ids.shape[1], 1, scores.shape[0], scores.device)[0]
+    return abs(float(scores[expected[place]] - scores[got[place]])) <= 2 * change
+
+
+def window_logits(target: PreTrainedModel, ids: torch.Tensor, num_prompt_tokens: int, window: int) -> torch.Tensor:
+    """Logits after the prompt and after every token behind it, computed `window` tokens at a time: `(t, V)`, float32.
+
+    Windows are aligned to the end, so that the last token is computed in a full one wherever there is room for it.
+    """
+    cache = DynamicCache(config=target.config)
+    rows = [target(ids[:, :num_prompt_tokens], past_key_values=cache, use_cache=True).logits[:, -1:]]
+    start, length = num_prompt_tokens, ids.shape[1]
+    ends = [*range(length, start, -window)][::-1]  # Aligned to the end.
+    for end in ends:
+        rows.append(target(ids[:, start:end], past_key_values=cache, use_cache=True).logits)
+        start = end
+    return torch.cat(rows, dim=1)[0].float()

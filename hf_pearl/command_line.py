@@ -1,0 +1,218 @@
+"""What the commands of `python -m hf_pearl` share: options, and from options to models and prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .benchmark import Workload
+from .pair import PROMPTS, default_device, demo_pair_folder, load_model
+
+Pair = tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class UsageError(ValueError):
+    """An option that cannot be followed; the message names it and the cure."""
+
+
+def add_pair_options(parser: argparse.ArgumentParser) -> None:
+    """Which models, and where."""
+    group = parser.add_argument_group("models")
+    group.add_argument("--target", metavar="MODEL", help="name or folder of the target (default: the embedded one)")
+    group.add_argument("--draft", metavar="MODEL", help="name or folder of the draft (default: the embedded one)")
+    group.add_argument("--device", help="such as cpu or cuda:1 (default: a CUDA device if there is one)")
+    group.add_argument("--dtype", choices=DTYPES, help="of both models (default: float32 on a CPU, else bfloat16)")
+
+
+def add_workload_options(parser: argparse.ArgumentParser) -> None:
+    """What is to be generated."""
+    group = parser.add_argument_group("text")
+    prompts = group.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", metavar="TEXT", help="continue this text")
+    prompts.add_argument(
+        "--prompts", metavar="FILE", type=Path, help='continue the first of the "turns" of every line of a JSONL file'
+    )
+    group.add_argument(
+        "--num-prompts", metavar="N", type=positive_int, default=4, help="of these, N evenly spread (default: 4)"
+    )
+    group.add_argument(
+        "--max-new-tokens", metavar="N", type=positive_int, default=100, help="per prompt (default: 100)"
+    )
+    group.add_argument(
+        "--temperature", metavar="T", type=temperature, default=0.0, help="0, the default, is greedy decoding"
+    )
+    group.add_argument("--seed", metavar="N", type=seed, default=0, help="of sampling (default: 0)")
+
+
+def positive_int(text: str) -> int:
+    """An argparse type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """An argparse type."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2**63 - 1, got {text!r}")
+    return int(text)
+
+
+def temperature(text: str) -> float:
+    """An argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text!r}")
+    return value
+
+
+def writable_file(text: str) -> Path:
+    """An argparse type: a file to write to, in a folder that exists."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
+    return path
+
+
+def load_pair(args: argparse.Namespace) -> Pair:
+    """Target, draft and the tokenizer of both, as the options say.
+
+    Raises
+    ------
+    UsageError
+        A model, a device or a pair that cannot be used.
+    """
+    if args.target is not None and args.draft is None:
+        raise UsageError("--target needs --draft: the embedded draft knows the embedded target's vocabulary only")
+    device = _device(args.device)
+    target_name, draft_name = _name(args.target, "target"), _name(args.draft, "draft")
+    with _reporting(f"--target {target_name}"):
+        tokenizer = AutoTokenizer.from_pretrained(target_name)
+        target = load_model(target_name, device, args.dtype)
+    with _reporting(f"--draft {draft_name}"):
+        draft = load_model(draft_name, device, args.dtype)
+    _check_vocabulary(tokenizer, draft_name)
+    return target, draft, tokenizer
+
+
+def load_prompts(args: argparse.Namespace) -> list[str]:
+    """The texts to continue: `--prompt`, or those of `--prompts`, or code that the embedded pair was not trained on.
+
+    Raises
+    ------
+    UsageError
+        A file that cannot be read, or has no prompts.
+    """
+    if args.prompt is not None:
+        return [args.prompt]
+    prompts = read_prompts(PROMPTS if args.prompts is None else args.prompts)
+    if args.prompts is None:
+        prompts = [prompt for prompt in prompts if "def " in prompt]
+    num_prompts = min(args.num_prompts, len(prompts))
+    return [prompts[index * len(prompts) // num_prompts] for index in range(num_prompts)]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The first of the "turns" of every line of a JSONL file (Spec-Bench's format).
+
+    Raises
+    ------
+    UsageError
+        It cannot be read, has a line of another form, or no line at all.
+    """
+    with _reporting(f"--prompts {path}"):
+        lines = path.read_text("utf-8").splitlines()
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            turn = json.loads(line)["turns"][0] if line.strip() else None
+        except (ValueError, KeyError, IndexError, TypeError):
+            turn = ""
+        if turn is not None and not (isinstance(turn, str) and turn):
+            raise UsageError(f'--prompts {path}: line {number} is not an object with "turns": ["...", ...]')
+        prompts += [] if turn is None else [turn]
+    if not prompts:
+        raise UsageError(f"--prompts {path}: there is no prompt in it")
+    return prompts
+
+
+def make_workload(args: argparse.Namespace, pair: Pair) -> Workload:
+    """The prompts, tokenized, and how to continue them.
+
+    Raises
+    ------
+    UsageError
+        A prompt that is empty or, with what is to follow, too long for one of the models.
+    """
+    target, draft, tokenizer = pair
+    prompts = tuple(tokenizer(text, return_tensors="pt").input_ids.to(target.device) for text in load_prompts(args))
+    lengths = [prompt.shape[1] for prompt in prompts]
+    if not min(lengths):
+        raise UsageError("--prompt: the tokenizer makes no token of it")
+    for model in (target, draft):
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        if max(lengths) + args.max_new_tokens > limit:
+            raise UsageError(
+                f"--max-new-tokens {args.max_new_tokens}: with a prompt of {max(lengths)} tokens this is more than the "
+                f"{limit} positions of {model.name_or_path}"
+            )
+    return Workload(target, draft, prompts, args.max_new_tokens, args.temperature, args.seed)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: {_first_line(error)}") from error
+    return device
+
+
+def _name(name: str | None, part: str) -> str | Path:
+    if name is not None:
+        return name
+    try:
+        return demo_pair_folder() / part
+    except FileNotFoundError as error:
+        raise UsageError(f"{error} (--target and --draft)") from error
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, draft_name: str | Path) -> None:
+    try:
+        other_ids = AutoTokenizer.from_pretrained(draft_name).get_vocab()
+    except (OSError, ValueError):
+        return  # A draft may come without a tokenizer of its own.
+    ids = tokenizer.get_vocab()
+    different = [token for token in ids.keys() & other_ids.keys() if ids[token] != other_ids[token]]
+    if different:
+        raise UsageError(
+            f"--draft {draft_name}: {len(different)} tokens have other ids than in the target's vocabulary, such as "
+            f"{min(different)!r}; both models must share one vocabulary"
+        )
+
+
+@contextmanager
+def _reporting(option: str) -> Iterator[None]:
+    """Say which option it was that could not be followed."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{option}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

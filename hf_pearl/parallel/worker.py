@@ -1,0 +1,241 @@
+"""The draft worker: `python -m hf_pearl.parallel.worker`, started by `worker_process.WorkerProcess`.
+
+It builds the draft model on the weights in shared memory, and then drafts for one call after the other. Its private
+descriptors are its arguments. It ends when it is told to, and when its parent ends.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import pickle
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple, TextIO
+
+import torch
+from transformers import PreTrainedModel
+
+from ..cache import PagedPrefixCache
+from ..decoding.calibration import Calibration
+from ..decoding.drafting import Drafter
+from ..decoding.messages import Admission, Grant, Line, Removal, Verdict
+from ..decoding.proposal import Proposer
+from . import records
+from .draft_loop import EndOfCall, run_draft_loop
+from .lane import ModelLane
+from .processor_specs import decode_processors
+from .records import BeginCall, Clear, EndCall, Message, Quit, Status
+from .shared_memory import ERROR_BYTES, NUM_SLOTS, TIMELINE_LENGTH, Channel, RingReader
+from .shipping import build
+
+PARENT_CHECK_SECONDS = 0.5
+
+
+class Arguments(NamedTuple):
+    """What the worker is started with: the parent's process id, and descriptors."""
+
+    parent: int
+    shipment: int
+    weights: int
+    channel: int
+    to_worker: int
+    to_engine: int
+    lifeline: int
+
+
+class ParentGone(Exception):
+    """The parent has ended, or has given the worker up."""
+
+
+class Inbox:
+    """Messages of the engine, from the ring; waiting ends with the parent too."""
+
+    def __init__(self, channel: Channel, arguments: Arguments, lifeline: socket.socket) -> None:
+        self._reader = RingReader(channel.control, channel.ring)
+        self._parent, self._to_worker = arguments.parent, arguments.to_worker
+        self._anything, self._end = select.poll(), select.poll()
+        self._anything.register(arguments.to_worker, select.POLLIN)
+        for poller in (self._anything, self._end):
+            poller.register(lifeline, select.POLLIN)
+        self._checked = 0.0
+
+    def message(self, block: bool) -> Message | None:
+        """The next message of any kind; None where none is there and `block` is False."""
+        while True:
+            self._check_parent()
+            words = self._reader.get()
+            if words is not None:
+                return records.decode_message(words)
+            if not block:
+                return None
+            events = self._anything.poll(1000 * PARENT_CHECK_SECONDS)
+            if any(descriptor != self._to_worker for descriptor, _ in events):
+                raise ParentGone  # Nothing is sent on the lifeline any more: its other end was closed.
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._to_worker)
+
+    def get(self, block: bool) -> Admission | Verdict | Removal | Grant | None:
+        """The next message of the call; None where none is there and `block` is False.
+
+        Raises
+        ------
+        EndOfCall
+            The engine has ended the call.
+        """
+        message = self.message(block)
+        if isinstance(message, EndCall):
+            raise EndOfCall
+        if isinstance(message, Quit):
+            raise ParentGone
+        if isinstance(message, BeginCall | Clear):
+            raise records.MalformedRecordError(f"a {type(message).__name__} inside a call")
+        return message
+
+    def _check_parent(self) -> None:
+        now = time.perf_counter()
+        if now - self._checked > PARENT_CHECK_SECONDS:
+            self._checked = now
+            # A forked child of the parent may hold the other end of the lifeline open.
+            if os.getppid() != self._parent or self._end.poll(0):
+                raise ParentGone
+
+
+class Outbox:
+    """Lines, progress and errors of one call, into the shared memory."""
+
+    def __init__(self, channel: Channel, to_engine: int, call: int) -> None:
+        self._channel, self._to_engine, self.call = channel, to_engine, call
+        self._num_intervals = 0
+
+    def publish(self, drafter: Drafter, lines: Sequence[Line], is_finished: bool = False) -> None:
+        """Make lines and the progress of the call visible, and wake the engine."""
+        for line in lines:
+            self._channel.line(line.request_id % NUM_SLOTS).write(records.encode_line(self.call, line))
+        for interval in drafter.intervals[self._num_intervals :]:
+            place = 2 * (self._num_intervals % TIMELINE_LENGTH)
+            self._channel.timeline[place], self._channel.timeline[place + 1] = interval
+            self._num_intervals += 1
+        status = Status(
+            self.call,
+            is_finished,
+            drafter.num_steps,
+            self._num_intervals,
+            drafter.num_drafted,
+            drafter.num_wasted,
+            drafter.num_prefilled,
+            drafter.step_seconds,
+        )
+        self._channel.status.write(records.encode_status(status))
+        os.eventfd_write(self._to_engine, 1)
+
+    def fail(self, text: str) -> None:
+        """Tell what went wrong in the call, and that it is over."""
+        content = text.encode(errors="replace")[-(ERROR_BYTES - 8) :]
+        self._channel.error.write(struct.pack("<q", self.call) + content)
+        self._channel.status.write(records.encode_status(Status(self.call, True, 0, 0, 0, 0, 0, 0.0)))
+        os.eventfd_write(self._to_engine, 1)
+
+
+class DraftServer:
+    """The draft model with its cache and its calibration, which live from call to call."""
+
+    def __init__(self, model: PreTrainedModel, channel: Channel, inbox: Inbox, to_engine: int) -> None:
+        self.model, self.channel, self.inbox, self.to_engine = model, channel, inbox, to_engine
+        self.calibration = Calibration()
+        self.cache: PagedPrefixCache | None = None
+        self.num_blocks = 0
+
+    def serve(self) -> None:
+        """Serve calls until told to quit."""
+        while True:
+            message = self.inbox.message(block=True)
+            if isinstance(message, Quit):
+                return
+            if isinstance(message, Clear) and self.cache is not None:
+                self.cache.reset_pools()
+            elif isinstance(message, BeginCall):
+                self._serve_call(message)
+            # Anything else belongs to a call that has failed here, and whose end the engine has not seen yet.
+
+    def _serve_call(self, begin: BeginCall) -> None:
+        outbox = Outbox(self.channel, self.to_engine, begin.number)
+        try:
+            self._draft(begin.options, outbox)
+        except (ParentGone, records.MalformedRecordError):
+            raise
+        except Exception:
+            outbox.fail(traceback.format_exc())
+
+    def _draft(self, options: records.CallOptions, outbox: Outbox) -> None:
+        lane = ModelLane(self.model, self._cache_of(options.num_blocks), options.prefix_cache)
+        proposer = Proposer(options.vocab_size, decode_processors(options.processors), options.pad_token_id)
+        drafter = Drafter(lane, proposer, self.calibration, options.max_line)
+        with lane.ready():
+            outbox.publish(drafter, [])
+            run_draft_loop(drafter, self.inbox, lambda lines: outbox.publish(drafter, lines), options.free_running)
+            outbox.publish(drafter, [], is_finished=True)
+
+    def _cache_of(self, num_blocks: int) -> PagedPrefixCache:
+        if self.cache is None or num_blocks != self.num_blocks:
+            num_layers = self.model.config.get_text_config().num_hidden_layers
+            self.cache, self.num_blocks = PagedPrefixCache(num_layers, num_blocks), num_blocks
+        return self.cache
+
+
+def main() -> None:
+    """Build the model, then serve. An error before the first call goes to standard error, which the parent reads."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    arguments = Arguments(*map(int, sys.argv[1:8]))
+    num_threads, cores = int(sys.argv[8]), [int(core) for core in sys.argv[9].split(",") if core]
+    for descriptor in arguments[1:]:
+        os.set_inheritable(descriptor, False)
+    if cores:
+        os.sched_setaffinity(0, cores)
+    torch.set_num_threads(num_threads)
+    torch.set_grad_enabled(False)
+    with open(arguments.shipment, "rb") as file:
+        shipment = pickle.load(file)
+    model = build(shipment, arguments.weights)
+    lifeline = socket.socket(fileno=arguments.lifeline)
+    channel = Channel(arguments.channel)
+    if not lifeline.recv(1):  # The weights are there; or the parent has gone.
+        return
+    gc.collect()
+    gc.freeze()
+    log = _silence()
+    try:
+        inbox = Inbox(channel, arguments, lifeline)
+        server = DraftServer(model, channel, inbox, arguments.to_engine)
+        channel.status.write(records.encode_status(Status(0, True, 0, 0, 0, 0, 0, 0.0)))
+        os.eventfd_write(arguments.to_engine, 1)
+        server.serve()
+    except ParentGone:
+        return
+    except BaseException:
+        traceback.print_exc(file=log)
+        log.flush()
+        raise SystemExit(1) from None
+
+
+def _silence() -> TextIO:
+    """Keep standard error, where the parent reads what ended the worker, for that; all else goes nowhere."""
+    log = os.fdopen(os.dup(2), "w")
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    faulthandler.enable(log)
+    return log
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)  # Nothing is left to be written, and taking an interpreter with torch down takes its time.

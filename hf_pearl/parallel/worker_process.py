@@ -1,0 +1,239 @@
+"""Starting and ending a draft worker's process, and what the engine shares with it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+import torch
+
+from .records import MalformedRecordError, Message, Quit, Status, decode_status, encode_message
+from .shared_memory import Channel, RingWriter, anonymous_memory
+from .shipping import Shipment, copy_weights
+
+QUIT_SECONDS = 0.7  # for each of: asked, terminated, killed
+HUNG_SECONDS = 30.0  # after which a worker that has not left an ended call is given up
+LOG_BYTES = 4000
+
+
+class WorkerProcess:
+    """One child process, from its start to its end. Starting does not wait: `is_ready` tells.
+
+    Parameters
+    ----------
+    shipment : Shipment
+        The draft model.
+    tensors : list of torch.Tensor
+        Its weights; they are copied in the background.
+    num_threads : int
+        Threads of the worker's arithmetic.
+    cores : sequence of int
+        Cores that it is pinned to; empty: it is not.
+    """
+
+    def __init__(self, shipment: Shipment, tensors: list[torch.Tensor], num_threads: int, cores: Sequence[int]) -> None:
+        self.shipment = shipment
+        self.channel: Channel | None = None
+        self._owner = os.getpid()
+        self._descriptors: dict[str, int] = {}
+        self._cancelled = threading.Event()
+        self._failure = ""
+        self._is_lost = False
+        self._status: tuple[bytes, Status] | None = None
+        self._left: tuple[int, float] | None = None  # the last call that the engine has left, and when
+        try:
+            self._open(shipment)
+            self._process = self._start(num_threads, cores)
+        except BaseException:
+            self._release()
+            raise
+        self._poller = select.poll()
+        self._poller.register(self._descriptors["to_engine"], select.POLLIN)
+        self._poller.register(self._lifeline, select.POLLIN)
+        weights = os.dup(self._descriptors["weights"])  # its own: this one may be closed before it is through
+        self._copier = threading.Thread(target=self._send_weights, args=(tensors, weights), name="hf_pearl weights")
+        self._copier.start()
+
+    def _open(self, shipment: Shipment) -> None:
+        self._descriptors["shipment"] = anonymous_memory("hf_pearl_shipment", 0)
+        self._descriptors["weights"] = anonymous_memory("hf_pearl_weights", shipment.num_bytes)
+        self._descriptors["channel"] = anonymous_memory("hf_pearl_channel", Channel.NUM_BYTES)
+        self._descriptors["log"] = anonymous_memory("hf_pearl_log", 0)
+        for name in ("to_worker", "to_engine"):
+            self._descriptors[name] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with open(self._descriptors["shipment"], "wb", closefd=False) as file:
+            pickle.dump(shipment, file)
+        os.lseek(self._descriptors["shipment"], 0, os.SEEK_SET)
+        self.channel = Channel(self._descriptors["channel"])
+        self._writer = RingWriter(self.channel.control, self.channel.ring)
+
+    def _start(self, num_threads: int, cores: Sequence[int]) -> subprocess.Popen[bytes]:
+        self._lifeline, other_end = socket.socketpair()
+        passed = [self._descriptors[name] for name in ("shipment", "weights", "channel", "to_worker", "to_engine")]
+        passed.append(other_end.fileno())
+        # The worker finds what this process finds, in the same order, and nothing because of where it was started.
+        paths = [os.path.abspath(path) for path in sys.path if isinstance(path, str) and os.pathsep not in path]
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1")
+        environment.update(OMP_NUM_THREADS=str(num_threads), TOKENIZERS_PARALLELISM="false")
+        arguments = [os.getpid(), *passed, num_threads, ",".join(map(str, cores))]
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-m", "hf_pearl.parallel.worker", *map(str, arguments)],
+                pass_fds=passed,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._descriptors["log"],
+                start_new_session=True,
+                env=environment,
+                cwd="/",
+            )
+        except BaseException:
+            self._lifeline.close()
+            raise
+        finally:
+            other_end.close()
+
+    def _send_weights(self, tensors: list[torch.Tensor], descriptor: int) -> None:
+        try:
+            copy_weights(self.shipment, tensors, descriptor, self._cancelled.is_set)
+            if not self._cancelled.is_set():
+                self._lifeline.send(b"w")
+        except OSError as error:
+            if not self._cancelled.is_set():  # Else it is ending, and nobody asks.
+                self.give_up(f"its weights could not be copied into shared memory: {error}")
+                self._process.terminate()
+        finally:
+            os.close(descriptor)
+
+    def replace_weights(self, tensors: list[torch.Tensor]) -> None:
+        """Copy new values into the old places; the worker must not be in a call."""
+        self._copier.join()
+        copy_weights(self.shipment, tensors, self._descriptors["weights"], self._cancelled.is_set)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs, answers when it should, and belongs to this process (a forked copy of it does not)."""
+        if self.channel is None or self._owner != os.getpid() or self._is_lost or self._failure or self._is_hung:
+            return False
+        return self._process.poll() is None
+
+    @property
+    def _is_hung(self) -> bool:
+        if self._left is None or time.perf_counter() - self._left[1] < HUNG_SECONDS:
+            return False
+        status = self.status
+        return status is None or status.call < self._left[0] or not status.is_finished
+
+    def leave(self, call: int) -> None:
+        """Note that the engine has left a call, which the worker should do soon."""
+        self._left = call, time.perf_counter()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has built its model."""
+        return self.channel is not None and self.channel.status.read() is not None
+
+    @property
+    def status(self) -> Status | None:
+        """How far it is; None until it is ready."""
+        content = None if self.channel is None else self.channel.status.read()
+        if content is None:
+            return None
+        if self._status is None or self._status[0] is not content:
+            try:
+                self._status = content, decode_status(content)
+            except MalformedRecordError as error:
+                self.give_up(str(error))
+                return None
+        return self._status[1]
+
+    @property
+    def process_id(self) -> int:
+        """The operating system's number of the process."""
+        return self._process.pid
+
+    def why_it_ended(self) -> str:
+        """What is known of its end."""
+        if self._is_lost:
+            self._reaped(0.2)  # It lets go of its descriptors a moment before it has an exit code.
+        log, text = self._descriptors.get("log"), ""
+        if log is not None:
+            start = max(0, os.fstat(log).st_size - LOG_BYTES)
+            text = os.pread(log, LOG_BYTES, start).decode(errors="replace").strip()
+        return "; ".join(part for part in (self._failure, f"exit code {self._process.poll()}", text) if part)
+
+    def give_up(self, reason: str) -> None:
+        """Never use it again."""
+        self._failure = self._failure or reason
+
+    def put(self, message: Message) -> int:
+        """Queue a message and send what can be sent; return its number."""
+        number = self._writer.put(encode_message(message))
+        self.flush()
+        return number
+
+    def withdraw(self, first: int) -> bool:
+        """Take back the messages from number `first` on that have not been sent; whether that was all of them."""
+        return self.channel is not None and self._writer.withdraw(first)
+
+    def flush(self) -> None:
+        """Send what waits, as far as the worker is ready and has room for it."""
+        if self.channel is not None and not self._writer.is_empty and self.is_ready and self._writer.flush():
+            os.eventfd_write(self._descriptors["to_worker"], 1)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the worker has done something, or has ended; `seconds` at most."""
+        if self.channel is None:
+            return
+        for descriptor, _ in self._poller.poll(1000 * max(0.0, seconds)):
+            if descriptor == self._descriptors["to_engine"]:
+                with suppress(BlockingIOError):
+                    os.eventfd_read(descriptor)
+            else:
+                self._is_lost = True  # Nothing is ever sent on the lifeline: it was closed.
+
+    def end(self) -> None:
+        """End it, by asking first, and give everything back; harmless to repeat."""
+        if self.channel is None:
+            return
+        if self._owner == os.getpid():
+            self._cancelled.set()
+            self._end_process()
+            if threading.current_thread() is not self._copier:  # Garbage is collected in any thread.
+                self._copier.join()
+        self._lifeline.close()
+        self._release()
+
+    def _end_process(self) -> None:
+        if self.is_ready and self._process.poll() is None:
+            with suppress(OSError):
+                self.put(Quit())
+                self._lifeline.shutdown(socket.SHUT_RDWR)
+            if self._reaped():
+                return
+        for stop in (self._process.terminate, self._process.kill):
+            stop()
+            if self._reaped():
+                return
+
+    def _reaped(self, seconds: float = QUIT_SECONDS) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+            return True
+        return False
+
+    def _release(self) -> None:
+        channel, self.channel = self.channel, None
+        if channel is not None:
+            channel.close()
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()

@@ -1,0 +1,356 @@
+"""What one call leaves to the next: cached prefixes, and nothing else; neither stale weights nor broken state."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from callbacks import CountingProcessor, Deliberate, Raising, RecordingStreamer, SumCriterion
+from models import (
+    EXECUTIONS,
+    VOCAB_SIZE,
+    assert_equal,
+    assert_nothing_held,
+    enabled_for_tiny_models,
+    expected_warnings,
+    left_padded,
+    noisy_copy,
+    random_prompts,
+    tiny_model,
+)
+from transformers import PreTrainedModel
+
+import hf_pearl
+from hf_pearl import PearlConfig, PearlOutOfBlocksError
+
+TIMEOUT = 60.0  # seconds
+
+
+@pytest.fixture(scope="module", autouse=True)
+def enabled() -> Iterator[None]:
+    with enabled_for_tiny_models():
+        yield
+
+
+@pytest.fixture
+def target() -> Iterator[PreTrainedModel]:
+    model = tiny_model("llama", 1)
+    yield model
+    assert_nothing_held(model)
+    hf_pearl.release(model)
+
+
+@pytest.fixture
+def draft(target: PreTrainedModel) -> PreTrainedModel:
+    """Right about three times in four."""
+    return noisy_copy(target, 0.03, 2)
+
+
+# Cached prefixes.
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt2"])
+def test_a_prompt_that_is_fully_cached(architecture: str, execution: str) -> None:
+    """Around multiples of the block size: the last token is computed again, and nothing else of a whole block."""
+    target = tiny_model(architecture, 23)
+    draft = noisy_copy(target, 0.03, 2)
+    chance = random.Random(23)
+    for length in (31, 32, 33, 64, 65, 97):
+        inputs = random_prompts(chance, 1, (length,))
+        config = PearlConfig(draft_length=3, execution=execution)
+        cold = assert_equal(target, draft, inputs, config, max_new_tokens=20)[1].pearl
+        warm = assert_equal(target, draft, inputs, config, max_new_tokens=20)[1].pearl
+        assert cold.prefilled_tokens == cold.draft_prefilled_tokens == length
+        assert warm.prefilled_tokens == warm.draft_prefilled_tokens == length - (length - 1) // 32 * 32
+        assert warm.judged_at[:1] != [0]
+        assert warm.stood_at == cold.stood_at or architecture != "llama" or execution != "inline"
+    assert_nothing_held(target)
+    hf_pearl.release(target)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_a_conversation_computes_only_what_is_new(architecture: str, execution: str) -> None:
+    target = tiny_model(architecture, 24)
+    draft = noisy_copy(target, 0.03, 2)
+    chance = random.Random(24)
+    text: list[int] = []
+    for turn in range(4):
+        text += [chance.randrange(1, VOCAB_SIZE) for _ in range(30)]
+        inputs = left_padded([text])
+        for config in (PearlConfig(execution=execution), PearlConfig(execution=execution, prefix_cache=False)):
+            expected, output = assert_equal(target, draft, inputs, config, max_new_tokens=40)
+            num_new = output.pearl.prefilled_tokens
+            assert num_new == len(text) if not config.prefix_cache else num_new < 70 or not turn
+        text += expected[0].tolist()
+    assert_nothing_held(target)
+    hf_pearl.release(target)
+
+
+# Weights that change.
+
+
+def train(model: PreTrainedModel) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ids = torch.randint(VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(3))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def load(model: PreTrainedModel) -> None:
+    model.load_state_dict(tiny_model("llama", 4).state_dict())
+
+
+def load_by_assignment(model: PreTrainedModel) -> None:
+    model.load_state_dict(tiny_model("llama", 4).state_dict(), assign=True)
+
+
+def replace_a_parameter(model: PreTrainedModel) -> None:
+    layer = model.model.layers[0].self_attn
+    layer.k_proj.weight = torch.nn.Parameter(layer.k_proj.weight.flip(0).clone())
+
+
+def write_in_place(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.neg_()
+
+
+def write_around_autograd(model: PreTrainedModel) -> None:
+    """No fingerprint sees this; what is called for it clears the caches of both lanes."""
+    model.model.layers[0].self_attn.v_proj.weight.data.neg_()
+    hf_pearl.clear_cache(model)
+
+
+def move_away_and_back(model: PreTrainedModel) -> None:
+    model.to(torch.float32)
+    model.to(torch.float64)
+
+
+CHANGES = (
+    train,
+    load,
+    load_by_assignment,
+    replace_a_parameter,
+    write_in_place,
+    write_around_autograd,
+    move_away_and_back,
+)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("changed", ["target", "draft"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_that_change_between_two_calls_are_seen(
+    change: Callable[[PreTrainedModel], None],
+    changed: str,
+    execution: str,
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+) -> None:
+    """Nothing stale is served by the cache of the model that changed, and the other's forgets nothing."""
+    inputs = random_prompts(random.Random(5), 1, (70,))
+    config = PearlConfig(execution=execution, draft_length=4)
+    before, _ = assert_equal(target, draft, inputs, config, max_new_tokens=20)
+    change(target if changed == "target" else draft)
+    after, output = assert_equal(target, draft, inputs, config, max_new_tokens=20)
+    if changed == "target" and change is not move_away_and_back:
+        assert after.tolist() != before.tolist()
+    both = change is write_around_autograd
+    assert output.pearl.prefilled_tokens == (70 if changed == "target" or both else 6)
+    assert output.pearl.draft_prefilled_tokens == (70 if changed == "draft" or both else 6)
+    # What a draft without its cache would guess is what it guesses.
+    cold = assert_equal(target, draft, inputs, replace(config, prefix_cache=False), max_new_tokens=20)[1].pearl
+    assert output.pearl.stood_at == cold.stood_at
+
+
+def test_a_draft_that_is_also_the_target_is_seen_to_change_on_both_lanes(target: PreTrainedModel) -> None:
+    inputs = random_prompts(random.Random(6), 1, (70,))
+    config = PearlConfig(execution="inline", draft_length=4)
+    assert_equal(target, target, inputs, config, max_new_tokens=20)
+    train(target)
+    stats = assert_equal(target, target, inputs, config, max_new_tokens=20)[1].pearl
+    assert stats.prefilled_tokens == stats.draft_prefilled_tokens == 70
+    assert stats.acceptance_rate == 1
+
+
+def test_release_and_clear_cache_make_the_next_call_begin_cold(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    inputs = random_prompts(random.Random(7), 1, (70,))
+    config = PearlConfig(execution="inline")
+    for forget in (hf_pearl.release, hf_pearl.clear_cache):
+        for model in (target, draft):
+            assert_equal(target, draft, inputs, config, max_new_tokens=10)
+            assert assert_equal(target, draft, inputs, config, max_new_tokens=10)[1].pearl.prefilled_tokens == 6
+            forget(model)
+            stats = assert_equal(target, draft, inputs, config, max_new_tokens=10)[1].pearl
+            assert stats.prefilled_tokens == stats.draft_prefilled_tokens == 70
+
+
+# Calls that fail.
+
+
+class RaisingStreamer(RecordingStreamer):
+    """Raises at its `num_calls`-th call; the end is a call too."""
+
+    def __init__(self, num_calls: int, error: type[BaseException]) -> None:
+        super().__init__()
+        self.put = Raising(super().put, num_calls, error)
+        self.end = Raising(super().end, 1 if num_calls < 0 else 0, error)
+
+
+def failing_callbacks(num_calls: int, error: type[BaseException]) -> dict[str, dict[str, Any]]:
+    return {
+        "processor": {"logits_processor": [Raising(CountingProcessor(), num_calls, error)]},
+        "criterion": {"stopping_criteria": [Raising(SumCriterion(97), num_calls, error)]},
+        "streamer": {"streamer": RaisingStreamer(num_calls, error)},
+        "allowed tokens": {"prefix_allowed_tokens_fn": Raising(lambda row, ids: [1, 2, 3, 4], num_calls, error)},
+    }
+
+
+@pytest.mark.parametrize("error", [Deliberate, KeyboardInterrupt])
+@pytest.mark.parametrize("num_calls", [1, 2, 7])
+@pytest.mark.parametrize("where", ["processor", "criterion", "streamer", "allowed tokens"])
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_an_exception_in_a_callback_reaches_the_caller_and_leaves_the_next_call_working(
+    execution: str,
+    where: str,
+    num_calls: int,
+    error: type[BaseException],
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+) -> None:
+    inputs = random_prompts(random.Random(8), 3, (3, 40))
+    config = PearlConfig(execution=execution, draft_length=4)
+    arguments = {**inputs, "do_sample": False, "max_new_tokens": 20, "assistant_model": draft, "pearl": config}
+    implementations = [model.config._attn_implementation for model in (target, draft)]
+    with pytest.raises(error, match=f"call {num_calls}"):
+        target.generate(**arguments, **failing_callbacks(num_calls, error)[where])
+    assert_nothing_held(target)
+    assert [model.config._attn_implementation for model in (target, draft)] == implementations
+    assert not [thread for thread in threading.enumerate() if "draft lane" in thread.name]
+    for auto in (config, replace(config, draft_length="auto")):
+        assert_equal(target, draft, inputs, auto, max_new_tokens=20)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_an_exception_at_a_streamer_s_end(execution: str, target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    inputs = random_prompts(random.Random(9), 1, (5,))
+    config = PearlConfig(execution=execution)
+    streamer = RaisingStreamer(-1, Deliberate)
+    with pytest.raises(Deliberate):
+        target.generate(**inputs, max_new_tokens=5, streamer=streamer, assistant_model=draft, pearl=config)
+    assert_nothing_held(target)
+    assert_equal(target, draft, inputs, config, max_new_tokens=20)
+
+
+class FailingLayer(torch.nn.Module):
+    """Raises at its `num_calls`-th forward."""
+
+    def __init__(self, inner: torch.nn.Module, num_calls: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.call = Raising(inner.forward, num_calls)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
+@pytest.mark.parametrize("num_calls", [1, 2, 5])
+def test_an_exception_in_the_target_s_forward(num_calls: int, target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """It comes in the midst of a forward, when some layers have stored their keys and values, and others have not."""
+    inputs = random_prompts(random.Random(10), 3, (3, 40))
+    for execution in ("inline", "threads"):
+        config = PearlConfig(execution=execution, draft_length=4)
+        mlp = target.model.layers[0].mlp
+        target.model.layers[0].mlp = FailingLayer(mlp, num_calls)
+        with pytest.raises(Deliberate):
+            target.generate(**inputs, max_new_tokens=20, assistant_model=draft, pearl=config)
+        target.model.layers[0].mlp = mlp
+        assert_nothing_held(target)
+        assert_equal(target, draft, inputs, config, max_new_tokens=20)
+
+
+def test_an_exception_in_the_draft_s_forward(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """Inline it reaches the caller; a thread's call goes on without its draft, gives the same tokens, and says so."""
+    inputs = random_prompts(random.Random(10), 3, (3, 40))
+    arguments = {**inputs, "do_sample": False, "max_new_tokens": 20, "assistant_model": draft}
+    expected = target.generate(**inputs, do_sample=False, max_new_tokens=20)
+    mlp = draft.model.layers[0].mlp
+    for num_calls, draft_length in ((1, 4), (5, 4), (1, "auto"), (5, "auto")):
+        config = PearlConfig(execution="threads", draft_length=draft_length)
+        draft.model.layers[0].mlp = FailingLayer(mlp, num_calls)
+        with expected_warnings() as warnings:
+            output = target.generate(**arguments, pearl=config)
+        assert output.tolist() == expected.tolist()
+        assert "Deliberate" in warnings[0]
+        draft.model.layers[0].mlp = FailingLayer(mlp, num_calls)
+        with pytest.raises(Deliberate):
+            target.generate(**arguments, pearl=replace(config, execution="inline", draft_length=4))
+        draft.model.layers[0].mlp = mlp
+        assert_nothing_held(target)
+        assert_equal(target, draft, inputs, config, max_new_tokens=20)
+
+
+def test_a_cache_that_is_too_small_is_refused_by_name_and_a_larger_one_works(
+    target: PreTrainedModel, draft: PreTrainedModel
+) -> None:
+    inputs = random_prompts(random.Random(11), 4, (60,))
+    block = 2 * 2 * 2 * 2 * 8 * 8 * 32  # lanes, layers, keys and values, heads, head size, bytes, tokens of a block
+    for execution in ("inline", "threads"):
+        small = PearlConfig(execution=execution, cache_memory=5 * block)
+        with pytest.raises(PearlOutOfBlocksError, match="cache_memory"):
+            target.generate(**inputs, max_new_tokens=20, assistant_model=draft, pearl=small)
+        assert_nothing_held(target)
+        for config in (replace(small, cache_memory=12 * block), PearlConfig(execution=execution)):
+            assert_equal(target, draft, inputs, config, max_new_tokens=20)
+
+
+# Calls at the same time.
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_two_threads_that_call_one_pair_take_turns(
+    execution: str, target: PreTrainedModel, draft: PreTrainedModel
+) -> None:
+    config = PearlConfig(execution=execution, draft_length=4)
+    prompts = [random_prompts(random.Random(12 + index), 2, (3, 40)) for index in range(4)]
+    arguments = {"do_sample": False, "max_new_tokens": 20}
+    expected = [target.generate(**inputs, **arguments).tolist() for inputs in prompts]
+    outputs: list[list[list[int]] | None] = [None] * 4
+
+    def generate(index: int) -> None:
+        output = target.generate(**prompts[index], **arguments, assistant_model=draft, pearl=config)
+        outputs[index] = output.tolist()
+
+    threads = [threading.Thread(target=generate, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    assert outputs == expected
+
+
+def test_a_plain_forward_of_another_thread_is_not_disturbed(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """While a call of ours has switched the model's attention, `generate` elsewhere still gives its own tokens."""
+    inputs = random_prompts(random.Random(16), 3, (3, 20))
+    arguments = {**inputs, "do_sample": False, "max_new_tokens": 20}
+    expected = target.generate(**arguments).tolist()
+    plain: list[list[list[int]]] = []
+
+    class Beside(RecordingStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            if len(plain) < 3:
+                thread = threading.Thread(target=lambda: plain.append(target.generate(**arguments).tolist()))
+                thread.start()
+                thread.join(TIMEOUT)
+
+    config = PearlConfig(execution="inline", draft_length=4)
+    output = target.generate(**arguments, streamer=Beside(), assistant_model=draft, pearl=config)
+    assert output.tolist() == expected
+    assert plain == [expected] * 3

@@ -1,0 +1,411 @@
+"""Any interleaving of the two lanes gives the same tokens: a seeded scheduler decides who runs at every hand-over."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from callbacks import CountingProcessor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import PAD_TOKEN_ID, VOCAB_SIZE, DraftKind, is_varied, left_padded, make_draft, tiny_model
+from transformers import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
+
+from hf_pearl.cache import PagedPrefixCache
+from hf_pearl.decoding import drafting, loop
+from hf_pearl.decoding.calibration import Calibration
+from hf_pearl.decoding.draft_tree import DraftTree
+from hf_pearl.decoding.drafting import Drafter
+from hf_pearl.decoding.loop import DecodingLoop
+from hf_pearl.decoding.messages import Admission, Line, Removal, Verdict, Window
+from hf_pearl.decoding.noise import NoiseSource, request_seed
+from hf_pearl.decoding.policy import Acceptance, ForwardTimes
+from hf_pearl.decoding.processors import draft_processors
+from hf_pearl.decoding.proposal import Proposer
+from hf_pearl.decoding.request import Request
+from hf_pearl.decoding.rules import Rules
+from hf_pearl.decoding.schedule import NO_GUESSES, FreeRunning, Lockstep, NoDraft, usable
+from hf_pearl.decoding.stats import PearlStats
+from hf_pearl.decoding.verification import Verifier
+from hf_pearl.parallel.lane import ModelLane
+
+RUNS_PER_CASE = 6
+BLOCK_SIZE = 4  # many blocks for few tokens
+
+
+class ArbitraryDraft:
+    """A draft lane that runs when a die says so: messages are heard late, lines published late, or old ones read.
+
+    Messages are heard in order and lines published in order, as every real lane promises; nothing else is kept.
+    """
+
+    def __init__(self, drafter: Drafter, chance: random.Random) -> None:
+        self.drafter, self.chance = drafter, chance
+        self.concurrent = chance.random() < 0.5
+        self.step_seconds = chance.choice((0.0, 1e-4, 1e-2))
+        self.max_line = drafter.max_line
+        self.num_steps = 0
+        self._inbox: deque[Admission | Verdict | Removal] = deque()
+        self._made: deque[tuple[int, list[Line]]] = deque()
+        self._published: dict[int, list[Line]] = {}
+        # How often it hears, drafts and publishes; a weight of 0 is a lane that is deaf, dead or mute.
+        self._weights = [chance.choice((0.2, 1.0, 1.0, 5.0)) for _ in range(3)]
+        if chance.random() < 0.1:
+            self._weights[chance.randrange(3)] = 0.0
+        self._staleness = chance.choice((0.0, 0.0, 0.2, 0.8))
+
+    def run_a_while(self) -> None:
+        """What the draft lane does between two moments of the target's."""
+        for _ in range(self.chance.choice((0, 1, 3, 10, 40))):
+            action = self.chance.choices((self._hear, self._step, self._publish), self._weights)[0]
+            action()
+
+    def _hear(self) -> None:
+        for _ in range(min(len(self._inbox), self.chance.randint(1, 4))):
+            self.drafter.handle(self._inbox.popleft())
+
+    def _step(self) -> None:
+        if self.drafter.has_work() or self.chance.random() < 0.1:
+            lines = self.drafter.step()
+            self._made.append((self.drafter.num_steps, lines))
+
+    def _publish(self) -> None:
+        for _ in range(min(len(self._made), self.chance.randint(1, 4))):
+            self.num_steps, lines = self._made.popleft()
+            for line in lines:
+                self._published.setdefault(line.request_id, []).append(line)
+
+    def send(self, message: Admission | Verdict | Removal) -> None:
+        self._inbox.append(message)
+        self.run_a_while()
+
+    def grant(self, num_steps: int) -> None:
+        self.run_a_while()
+
+    def line(self, request_id: int) -> Line | None:
+        self.run_a_while()
+        published = self._published.get(request_id)
+        if not published:
+            return None
+        return self.chance.choice(published) if self.chance.random() < self._staleness else published[-1]
+
+    def wait(self, num_steps: int, timeout: float) -> bool:
+        """Come to an end whatever happens, perhaps too early, perhaps with the wrong answer."""
+        for _ in range(self.chance.choice((0, 1, 3, 10))):
+            if self.num_steps >= num_steps:
+                break
+            self.run_a_while()
+        return self.num_steps >= num_steps if self.chance.random() < 0.9 else self.chance.random() < 0.5
+
+    def finish(self) -> None:
+        """Hear the rest, so that every request is released."""
+        while self._inbox:
+            self._hear()
+
+
+class Confident(Calibration):
+    """Believes in every guess, so that lines and windows are long."""
+
+    def chance(self, probability: float) -> float:
+        """Nearly one."""
+        return 0.97
+
+
+class InterleavedLane(ModelLane):
+    """The target's lane; the draft's runs beside each of its forwards."""
+
+    draft: ArbitraryDraft | None = None
+
+    def forward(self, windows: Sequence[Window]) -> torch.Tensor:
+        """The real forward."""
+        if self.draft is not None:
+            self.draft.run_a_while()
+        logits = super().forward(windows)
+        if self.draft is not None:
+            self.draft.run_a_while()
+        return logits
+
+
+@dataclass
+class Pair:
+    """Two models, and their caches, which live from run to run."""
+
+    target: PreTrainedModel
+    draft: PreTrainedModel
+    caches: list[PagedPrefixCache] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for model, max_blocks in ((self.target, 4096), (self.draft, 4096), (self.draft, 16)):  # the last: too few
+            self.caches.append(PagedPrefixCache(model.config.num_hidden_layers, max_blocks, BLOCK_SIZE))
+
+    def assert_nothing_held(self) -> None:
+        """Fail unless every block was given back."""
+        for cache in self.caches:
+            cache.check_integrity([])
+            assert cache.pool.num_referenced == 0
+
+
+@dataclass
+class Case:
+    """One call, and what it must give."""
+
+    rows: list[list[int]]
+    num_new: int
+    make_processors: list[Callable[[], Any]]
+    eos_token_id: int | None = None
+    call_seed: int | None = None
+    expected: list[list[int]] = field(default_factory=list)
+
+    @property
+    def longest(self) -> int:
+        """Length of the padded prompts."""
+        return max(map(len, self.rows))
+
+    def rules(self) -> Rules:
+        """Processors and stopping rules as transformers would build them."""
+        max_length = self.longest + self.num_new
+        criteria = StoppingCriteriaList([MaxLengthCriteria(max_length)])
+        if self.eos_token_id is not None:
+            criteria.append(EosTokenCriteria(self.eos_token_id))
+        processors = LogitsProcessorList([make() for make in self.make_processors])
+        return Rules(processors, criteria, self.call_seed is not None, max_length, PAD_TOKEN_ID)
+
+    def requests(self) -> list[Request]:
+        """Every row as a request."""
+        requests = []
+        for index, row in enumerate(self.rows):
+            padding = (PAD_TOKEN_ID,) * (self.longest - len(row))
+            seed = None if self.call_seed is None else request_seed(self.call_seed, index)
+            noise = None if seed is None else NoiseSource(seed, VOCAB_SIZE)
+            max_length = len(row) + self.num_new
+            requests.append(Request(index, len(row), padding, max_length, list(row), seed, noise))
+        return requests
+
+    def generate(self, target: PreTrainedModel) -> list[list[int]]:
+        """What transformers' greedy decoding gives, each row up to its end."""
+        output = target.generate(
+            **left_padded(self.rows),
+            do_sample=False,
+            max_new_tokens=self.num_new,
+            eos_token_id=self.eos_token_id,
+            pad_token_id=PAD_TOKEN_ID,
+            logits_processor=LogitsProcessorList([make() for make in self.make_processors]),
+        )
+        rows = output[:, self.longest :].tolist()
+        return [row[: row.index(self.eos_token_id) + 1] if self.eos_token_id in row else row for row in rows]
+
+
+def draw_case(chance: random.Random, pair: Pair, samples: bool) -> Case:
+    """A random call, and its right answer: transformers' own, or, when sampling, ours without a draft."""
+    prefix = [chance.randrange(1, VOCAB_SIZE) for _ in range(10)]  # shared by all rows, so that blocks are too
+    rows = [
+        prefix[: chance.randint(0, 10)] + [chance.randrange(1, VOCAB_SIZE) for _ in range(chance.randint(1, 12))]
+        for _ in range(chance.choice((1, 2, 2, 4)))
+    ]
+    processors = chance.choice(([], [], [lambda: RepetitionPenaltyLogitsProcessor(1.3)], [CountingProcessor]))
+    case = Case(rows, chance.choice((1, 2, 8, 12, 22)), processors)
+    if samples:
+        case.make_processors = [*processors, lambda: TemperatureLogitsWarper(0.7), lambda: TopKLogitsWarper(20)]
+        case.call_seed = chance.getrandbits(63)
+
+    def answer() -> list[list[int]]:
+        return decode_without_draft(pair, case) if samples else case.generate(pair.target)
+
+    case.expected = answer()
+    if chance.random() < 0.5:
+        case.eos_token_id = chance.choice(chance.choice(case.expected))
+        case.expected = answer()
+    return case
+
+
+def decode_without_draft(pair: Pair, case: Case) -> list[list[int]]:
+    """Plain decoding through our loop."""
+    rules, requests = case.rules(), case.requests()
+    lane = ModelLane(pair.target, pair.caches[0], prefix_cache=False)
+    with lane.ready():
+        for request in requests:
+            lane.admit(request.request_id, request.verified)
+        verifier = Verifier(requests, rules, lane.device)
+        DecodingLoop(lane, requests, verifier, NoDraft(), None, PearlStats()).run()
+    return [request.generated for request in requests]
+
+
+def decode_interleaved(pair: Pair, case: Case, chance: random.Random) -> tuple[list[list[int]], PearlStats]:
+    """One call with the real loop, lanes, drafter and schedules, in an order that `chance` decides."""
+    rules, requests, stats = case.rules(), case.requests(), PearlStats()
+    prefix_cache = chance.random() < 0.7
+    target_lane = InterleavedLane(pair.target, pair.caches[0], prefix_cache)
+    draft_lane = ModelLane(pair.draft, pair.caches[chance.choice((1, 1, 1, 1, 1, 1, 1, 2))], prefix_cache)
+    proposer = Proposer(VOCAB_SIZE, draft_processors(rules.processors), PAD_TOKEN_ID)
+    calibration = chance.choice((Calibration, Confident, Confident))()
+    drafter = Drafter(draft_lane, proposer, calibration, max_line=chance.choice((1, 4, 32, 32, 32, 32)))
+    draft = ArbitraryDraft(drafter, chance)
+    with target_lane.ready(), draft_lane.ready():
+        for request in requests:
+            target_lane.admit(request.request_id, request.verified)
+            max_length = request.max_length - chance.choice((0, 0, 5))  # a draft may have fewer positions
+            admission = (request.request_id, tuple(request.verified), max_length, request.num_padding, request.seed)
+            draft.send(Admission(*admission))
+        target_lane.draft = draft
+        verifier = Verifier(requests, rules, target_lane.device)
+        schedule = draw_schedule(draft, chance)
+        DecodingLoop(target_lane, requests, verifier, schedule, draft, stats, draw_clock(chance)).run()
+        draft.finish()
+    report = drafter.report()
+    assert 0 <= report.num_wasted <= report.num_drafted
+    return [request.generated for request in requests], stats
+
+
+def draw_schedule(draft: ArbitraryDraft, chance: random.Random) -> NoDraft:
+    """One of the three schedules, perhaps in the middle of what it has learnt."""
+    overlap = chance.random() < 0.7
+    if chance.random() < 0.4:
+        return Lockstep(draft, chance.choice((1, 3, 8, 16)), overlap)
+    forward_times, acceptance = ForwardTimes(), Acceptance(prior=chance.random())
+    for _ in range(chance.choice((0, 3))):
+        forward_times.record(chance.randint(1, 9), chance.random())
+    return FreeRunning(draft, forward_times, acceptance, overlap)
+
+
+def draw_clock(chance: random.Random) -> Callable[[], float]:
+    """A clock that jumps: whatever the cost model learns, the answer is the same."""
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += chance.expovariate(chance.choice((1.0, 1e3)))
+        return now
+
+    return clock
+
+
+PAIRS: list[tuple[str, DraftKind, float]] = [
+    ("llama", "noisy", 0.01),
+    ("mistral", "noisy", 0.03),  # far beyond its sliding window
+    ("gpt2", "unrelated", 0.0),
+    ("qwen3", "same", 0.0),
+    ("llama", "noisy", 0.06),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    """For tiny models, more threads only get in each other's way."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def run_fuzz(seed: int, samples: bool, num_cases: int, patch: pytest.MonkeyPatch) -> None:
+    """Run `num_cases * RUNS_PER_CASE` random interleavings."""
+    total, num_long, num_varied = PearlStats(), 0, 0
+    pairs: dict[int, Pair] = {}
+    for index in range(num_cases):
+        which = index % len(PAIRS)
+        if which not in pairs:
+            architecture, kind, noise = PAIRS[which]
+            target = tiny_model(architecture, which, num_hidden_layers=1)
+            pairs[which] = Pair(target, make_draft(target, kind, which, noise))
+        case = draw_case(random.Random(f"{seed} {index}"), pairs[which], samples)
+        if case.num_new >= 8 and case.eos_token_id is None:
+            num_long += 1
+            num_varied += is_varied(torch.tensor(case.expected))
+        for run in range(RUNS_PER_CASE):
+            chance = random.Random(f"{seed} {index} {run}")
+            patch.setattr(loop, "MAX_TOKENS_PER_FORWARD", chance.choice((4096, 4096, 3, 7, 13)))
+            patch.setattr(drafting, "MAX_PREFILL_TOKENS", chance.choice((1024, 3)))
+            got, stats = decode_interleaved(pairs[which], case, chance)
+            where = f"seed {seed}, case {index}, run {run}"
+            assert got == case.expected, f"{where}: {got}\nis not\n{case.expected}"
+            pairs[which].assert_nothing_held()
+            for place, (judged, stood) in enumerate(zip(stats.judged_at, stats.stood_at, strict=True)):
+                for each in range(judged):
+                    total.judge(place, each < stood)
+    assert num_varied >= 0.7 * num_long > 0
+    assert 0.2 < total.acceptance_rate < 0.95
+    assert sum(total.judged_at[4:]) > 20, total.judged_at
+
+
+@pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampling"])
+def test_three_hundred_interleavings_give_the_same_tokens(
+    samples: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_fuzz(seed, samples, 150 // RUNS_PER_CASE, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("part", range(5))
+def test_five_thousand_interleavings_give_the_same_tokens(
+    part: int, samples: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_fuzz(seed, samples, -(-500 // RUNS_PER_CASE), monkeypatch)
+
+
+tokens = st.lists(st.integers(0, 2), max_size=6)
+chances = st.floats(0.0, 1.0)
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    length = 0
+    while length < min(len(first), len(second)) and first[length] == second[length]:
+        length += 1
+    return length
+
+
+@settings(max_examples=300)
+@given(tokens, st.lists(st.one_of(st.tuples(st.integers(0, 2), chances), tokens.filter(bool)), max_size=20))
+def test_a_pruned_tree_keeps_exactly_what_agrees(prompt: list[int], operations: list[Any]) -> None:
+    """A tuple is a guess, a list a verdict. Every drafted token is at any time in the line, verified or wasted."""
+    tree = DraftTree([0, *prompt], max_length=1000)
+    verified, num_agreed = [0, *prompt], 0
+    for number, operation in enumerate(operations, start=1):
+        before, line, line_chances = tree.tokens_from(0), list(tree.line), list(tree.chances)
+        if isinstance(operation, tuple):
+            tree.extend(*operation)
+            assert (tree.line, tree.chances) == ([*line, operation[0]], [*line_chances, operation[1]])
+        else:
+            verified += operation
+            unchanged = tree.prune(number, operation)
+            agreed = common_prefix(line, operation)
+            stands = agreed == len(operation)
+            assert tree.line == (line[agreed:] if stands else [])
+            assert tree.chances == (line_chances[agreed:] if stands else [])
+            assert unchanged == common_prefix(before, tree.tokens_from(0))
+            assert tree.verdict_number == number
+            num_agreed += agreed
+        assert tree.verified == verified
+        assert tree.num_drafted == num_agreed + tree.num_wasted + len(tree.line)
+        assert (tree.root, tree.length, tree.room) == (len(verified), len(verified) + len(tree.line), 999 - tree.length)
+        assert all(tree.tokens_from(start) == tree.tokens_from(0)[start:] for start in range(tree.length + 2))
+
+
+@settings(max_examples=300)
+@given(tokens.filter(bool), st.integers(0, 8), tokens, st.integers(0, 10))
+def test_of_a_line_only_what_continues_the_verified_tokens_is_usable(
+    verified: list[int], root: int, line_tokens: list[int], room: int
+) -> None:
+    """Whatever a lane publishes, from any moment of the past or out of thin air."""
+    request = Request(0, 1, (), len(verified) + 1 + room, verified)
+    line = Line(0, 0, 0, root, tuple(line_tokens), tuple(0.1 * place for place in range(len(line_tokens))))
+    guesses = usable(line, request)
+    since = verified[root:]
+    continues = root <= len(verified) and line_tokens[: len(since)] == since
+    rest = list(zip(line.token_ids, line.chances, strict=True))[len(since) :][:room] if continues else []
+    assert list(zip(guesses.token_ids, guesses.chances, strict=True)) == rest
+    assert usable(None, request) == NO_GUESSES
