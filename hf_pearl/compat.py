@@ -9,19 +9,32 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 __all__ = [
     "AttentionInterface",
     "AttentionMaskInterface",
+    "attention_configs",
     "eager_attention",
     "effective_generation_config",
     "original_generate",
     "pad_token_id",
+    "set_attention_implementation",
     "supports_attention_interface",
 ]
+
+
+def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Every configuration in which a layer looks its attention up; layers copied one by one have their own."""
+    configs = [vars(module).get("config") for module in model.modules()]
+    return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
+
+
+def set_attention_implementation(config: PreTrainedConfig, name: str | None) -> None:
+    """Set what a layer finds there, and nothing else: the public setters write to other configurations too."""
+    config._attn_implementation_internal = name
 
 
 def eager_attention(module: Any) -> Callable[..., Any]:

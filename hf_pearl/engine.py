@@ -32,7 +32,7 @@ from .fingerprint import fingerprint
 from .parallel.cores import leaving_cores
 from .parallel.draft_workers import DraftWorkers, Execution
 from .parallel.inline import InlineDraft
-from .parallel.lane import ModelLane
+from .parallel.lane import ModelLane, output_vocab_size
 from .parallel.processes import ProcessDraft
 from .parallel.threads import ThreadDraft
 
@@ -124,7 +124,7 @@ class PearlEngine:
         self, target: PreTrainedModel, prompts: Sequence[Prompt], rules: Rules, call_seed: int | None
     ) -> list[Request]:
         weight = target.get_input_embeddings().weight
-        vocab_size = target.get_output_embeddings().weight.shape[0]
+        vocab_size = output_vocab_size(target)
         requests = []
         for row, prompt in enumerate(prompts):
             seed = None if call_seed is None else request_seed(call_seed, row)
@@ -158,7 +158,7 @@ class PearlEngine:
         stats.execution = execution = self.workers.choose(
             config, draft, self._fingerprints["draft"], self.caches["draft"].pool.max_blocks
         )
-        vocab_size = target_lane.model.get_output_embeddings().weight.shape[0]
+        vocab_size = output_vocab_size(target_lane.model)
         with leaving_cores(1 if execution == "processes" else 0):
             runner = self._runner(execution, draft, vocab_size, rules, config)
             try:
@@ -175,7 +175,8 @@ class PearlEngine:
         if execution == "processes" and self.workers.worker is not None:
             return self.workers.worker.call(vocab_size, processors, pad_token_id, free_running, config.prefix_cache)
         lane = ModelLane(draft, self.caches["draft"], config.prefix_cache)
-        drafter = Drafter(lane, Proposer(vocab_size, processors, pad_token_id), self.calibration)
+        proposer = Proposer(vocab_size, processors, pad_token_id)
+        drafter = Drafter(lane, proposer, self.calibration, free_running=free_running)
         return InlineDraft(drafter, lane) if execution == "inline" else ThreadDraft(drafter, lane, free_running)
 
     @staticmethod

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakIdRef
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+
+# parameter -> optimizer steps that it took part in: fused optimizers write around autograd's version counter.
+_steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def fingerprint(model: torch.nn.Module) -> Hashable:
     """A value that differs after a training step, an adapter switch or `load_state_dict`.
 
-    It covers every parameter and buffer by identity, storage, address and version counter, and the active adapters.
-    What it cannot see: writes that go around autograd's version counter (`tensor.data`, numpy views, raw pointers);
-    `hf_pearl.clear_cache(model)` is for these.
+    It covers every parameter and buffer by identity, storage, address, version counter and optimizer steps, and the
+    active adapters. What it cannot see: other writes that go around autograd's version counter (`tensor.data`, numpy
+    views, raw pointers); `hf_pearl.clear_cache(model)` is for these.
     """
+    _watch_optimizers()
     tensors = tuple(_state(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     return tensors, _active_adapters(model)
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Count optimizer steps from now on; what was before the first fingerprint changes nothing."""
+    register_optimizer_step_pre_hook(_count_step)
+
+
+def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            _steps[parameter] = _steps.get(parameter, 0) + 1
 
 
 def _state(tensor: torch.Tensor) -> Hashable:
@@ -28,7 +47,7 @@ def _state(tensor: torch.Tensor) -> Hashable:
         storage = None
     # A tensor made in inference mode counts no versions: it is taken for changed every time.
     version = object() if tensor.is_inference() else tensor._version
-    return WeakIdRef(tensor), storage, tensor.data_ptr(), version, tensor.dtype
+    return WeakIdRef(tensor), storage, tensor.data_ptr(), version, _steps.get(tensor, 0), tensor.dtype
 
 
 def _active_adapters(model: torch.nn.Module) -> tuple[Hashable, ...]:

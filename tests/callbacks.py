@@ -84,7 +84,7 @@ class RecordingStreamer(BaseStreamer):
 
 
 class Raising:
-    """Calls `inner` until its `num_calls`-th call, which raises `error`; a processor, criterion or streamer."""
+    """Calls `inner` until its `num_calls`-th call, which raises `error`."""
 
     def __init__(self, inner: Callable[..., Any], num_calls: int, error: type[BaseException] = Deliberate) -> None:
         self.inner, self.num_calls, self.error = inner, num_calls, error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -29,9 +30,11 @@ PAD_TOKEN_ID = 0
 WEIGHT_STD = 0.5  # as initialised (0.02), a random tiny model repeats one token
 VECTOR_STD = 0.1
 
-# The ways to run the draft lane on which equality is tested.
 INLINE = PearlConfig(execution="inline")
-EXECUTIONS: tuple[str, ...] = ("inline", "threads")
+# The ways to run the draft lane. A process takes seconds to start for every new pair of models, so that tests with many
+# pairs do without it.
+IN_PROCESS = ("inline", "threads")
+EXECUTIONS = (*IN_PROCESS, "processes")
 
 _GROUPED = {"intermediate_size": 48, "num_key_value_heads": 2}
 _WINDOWED = {**_GROUPED, "sliding_window": SLIDING_WINDOW}
@@ -82,11 +85,15 @@ class WarningsAreErrors(logging.Handler):
 
 
 _warnings = WarningsAreErrors()
+_models: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 @contextmanager
 def enabled_for_tiny_models() -> Iterator[None]:
-    """`pearl` on every model; no warnings of ours; one torch thread, since several would get in each other's way."""
+    """`pearl` on every model; no warnings of ours; one torch thread, since several would get in each other's way.
+
+    At the end every tiny model is released.
+    """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     logging.getLogger("hf_pearl").addHandler(_warnings)
@@ -96,6 +103,8 @@ def enabled_for_tiny_models() -> Iterator[None]:
     finally:
         hf_pearl.disable()
         logging.getLogger("hf_pearl").removeHandler(_warnings)
+        for model in list(_models):
+            hf_pearl.release(model)
         torch.set_num_threads(num_threads)
 
 
@@ -123,6 +132,7 @@ def tiny_model(
                 parameter.mul_(parameter.ndim == 1).add_(spread * torch.randn_like(parameter))
     if architecture == "gemma2" and dtype == torch.float64:
         model.set_attn_implementation(SOFTCAP_ATTENTION)
+    _models.add(model)
     return model.to(dtype)
 
 

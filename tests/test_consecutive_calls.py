@@ -12,7 +12,7 @@ import pytest
 import torch
 from callbacks import CountingProcessor, Deliberate, Raising, RecordingStreamer, SumCriterion
 from models import (
-    EXECUTIONS,
+    IN_PROCESS,
     VOCAB_SIZE,
     assert_equal,
     assert_nothing_held,
@@ -54,7 +54,7 @@ def draft(target: PreTrainedModel) -> PreTrainedModel:
 # Cached prefixes.
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("execution", IN_PROCESS)
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt2"])
 def test_a_prompt_that_is_fully_cached(architecture: str, execution: str) -> None:
     """Around multiples of the block size: the last token is computed again, and nothing else of a whole block."""
@@ -74,7 +74,7 @@ def test_a_prompt_that_is_fully_cached(architecture: str, execution: str) -> Non
     hf_pearl.release(target)
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("execution", IN_PROCESS)
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
 def test_a_conversation_computes_only_what_is_new(architecture: str, execution: str) -> None:
     target = tiny_model(architecture, 24)
@@ -93,6 +93,22 @@ def test_a_conversation_computes_only_what_is_new(architecture: str, execution: 
     hf_pearl.release(target)
 
 
+@pytest.mark.parametrize("execution", IN_PROCESS)
+def test_a_text_that_the_draft_had_wrongly_guessed_is_not_found_in_the_cache(
+    execution: str, target: PreTrainedModel
+) -> None:
+    """The guesses stood in a full block of the target's cache while they were verified, and other tokens do now."""
+    draft = tiny_model("llama", 25)
+    for length in (23, 26, 29):
+        inputs = random_prompts(random.Random(length), 1, (length,))
+        config = PearlConfig(execution=execution, draft_length=9, overlap=False)
+        said, _ = assert_equal(target, draft, inputs, config, max_new_tokens=20)
+        text = torch.cat([inputs["input_ids"], said[:, :1]], dim=1)
+        guessed = draft.generate(text, attention_mask=torch.ones_like(text), do_sample=False, max_new_tokens=30)
+        _, output = assert_equal(target, draft, left_padded(guessed.tolist()), config, max_new_tokens=20)
+        assert output.pearl.prefilled_tokens == guessed.shape[1]
+
+
 # Weights that change.
 
 
@@ -108,45 +124,9 @@ def load(model: PreTrainedModel) -> None:
     model.load_state_dict(tiny_model("llama", 4).state_dict())
 
 
-def load_by_assignment(model: PreTrainedModel) -> None:
-    model.load_state_dict(tiny_model("llama", 4).state_dict(), assign=True)
-
-
-def replace_a_parameter(model: PreTrainedModel) -> None:
-    layer = model.model.layers[0].self_attn
-    layer.k_proj.weight = torch.nn.Parameter(layer.k_proj.weight.flip(0).clone())
-
-
-def write_in_place(model: PreTrainedModel) -> None:
-    with torch.no_grad():
-        model.model.layers[0].self_attn.v_proj.weight.neg_()
-
-
-def write_around_autograd(model: PreTrainedModel) -> None:
-    """No fingerprint sees this; what is called for it clears the caches of both lanes."""
-    model.model.layers[0].self_attn.v_proj.weight.data.neg_()
-    hf_pearl.clear_cache(model)
-
-
-def move_away_and_back(model: PreTrainedModel) -> None:
-    model.to(torch.float32)
-    model.to(torch.float64)
-
-
-CHANGES = (
-    train,
-    load,
-    load_by_assignment,
-    replace_a_parameter,
-    write_in_place,
-    write_around_autograd,
-    move_away_and_back,
-)
-
-
-@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("execution", IN_PROCESS)
 @pytest.mark.parametrize("changed", ["target", "draft"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [train, load])
 def test_weights_that_change_between_two_calls_are_seen(
     change: Callable[[PreTrainedModel], None],
     changed: str,
@@ -160,11 +140,10 @@ def test_weights_that_change_between_two_calls_are_seen(
     before, _ = assert_equal(target, draft, inputs, config, max_new_tokens=20)
     change(target if changed == "target" else draft)
     after, output = assert_equal(target, draft, inputs, config, max_new_tokens=20)
-    if changed == "target" and change is not move_away_and_back:
+    if changed == "target":
         assert after.tolist() != before.tolist()
-    both = change is write_around_autograd
-    assert output.pearl.prefilled_tokens == (70 if changed == "target" or both else 6)
-    assert output.pearl.draft_prefilled_tokens == (70 if changed == "draft" or both else 6)
+    assert output.pearl.prefilled_tokens == (70 if changed == "target" else 6)
+    assert output.pearl.draft_prefilled_tokens == (70 if changed == "draft" else 6)
     # What a draft without its cache would guess is what it guesses.
     cold = assert_equal(target, draft, inputs, replace(config, prefix_cache=False), max_new_tokens=20)[1].pearl
     assert output.pearl.stood_at == cold.stood_at
@@ -196,41 +175,35 @@ def test_release_and_clear_cache_make_the_next_call_begin_cold(target: PreTraine
 
 
 class RaisingStreamer(RecordingStreamer):
-    """Raises at its `num_calls`-th call; the end is a call too."""
+    """Raises at its `num_calls`-th `put`, or at its end where that is negative."""
 
-    def __init__(self, num_calls: int, error: type[BaseException]) -> None:
+    def __init__(self, num_calls: int) -> None:
         super().__init__()
-        self.put = Raising(super().put, num_calls, error)
-        self.end = Raising(super().end, 1 if num_calls < 0 else 0, error)
+        self.put = Raising(super().put, num_calls)
+        self.end = Raising(super().end, 1 if num_calls < 0 else 0)
 
 
-def failing_callbacks(num_calls: int, error: type[BaseException]) -> dict[str, dict[str, Any]]:
+def failing_callbacks(num_calls: int) -> dict[str, dict[str, Any]]:
     return {
-        "processor": {"logits_processor": [Raising(CountingProcessor(), num_calls, error)]},
-        "criterion": {"stopping_criteria": [Raising(SumCriterion(97), num_calls, error)]},
-        "streamer": {"streamer": RaisingStreamer(num_calls, error)},
-        "allowed tokens": {"prefix_allowed_tokens_fn": Raising(lambda row, ids: [1, 2, 3, 4], num_calls, error)},
+        "processor": {"logits_processor": [Raising(CountingProcessor(), num_calls)]},
+        "criterion": {"stopping_criteria": [Raising(SumCriterion(97), num_calls)]},
+        "streamer": {"streamer": RaisingStreamer(num_calls)},
+        "allowed tokens": {"prefix_allowed_tokens_fn": Raising(lambda row, ids: [1, 2, 3, 4], num_calls)},
     }
 
 
-@pytest.mark.parametrize("error", [Deliberate, KeyboardInterrupt])
 @pytest.mark.parametrize("num_calls", [1, 2, 7])
 @pytest.mark.parametrize("where", ["processor", "criterion", "streamer", "allowed tokens"])
-@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("execution", IN_PROCESS)
 def test_an_exception_in_a_callback_reaches_the_caller_and_leaves_the_next_call_working(
-    execution: str,
-    where: str,
-    num_calls: int,
-    error: type[BaseException],
-    target: PreTrainedModel,
-    draft: PreTrainedModel,
+    execution: str, where: str, num_calls: int, target: PreTrainedModel, draft: PreTrainedModel
 ) -> None:
     inputs = random_prompts(random.Random(8), 3, (3, 40))
     config = PearlConfig(execution=execution, draft_length=4)
     arguments = {**inputs, "do_sample": False, "max_new_tokens": 20, "assistant_model": draft, "pearl": config}
     implementations = [model.config._attn_implementation for model in (target, draft)]
-    with pytest.raises(error, match=f"call {num_calls}"):
-        target.generate(**arguments, **failing_callbacks(num_calls, error)[where])
+    with pytest.raises(Deliberate, match=f"call {num_calls}"):
+        target.generate(**arguments, **failing_callbacks(num_calls)[where])
     assert_nothing_held(target)
     assert [model.config._attn_implementation for model in (target, draft)] == implementations
     assert not [thread for thread in threading.enumerate() if "draft lane" in thread.name]
@@ -238,11 +211,11 @@ def test_an_exception_in_a_callback_reaches_the_caller_and_leaves_the_next_call_
         assert_equal(target, draft, inputs, auto, max_new_tokens=20)
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("execution", IN_PROCESS)
 def test_an_exception_at_a_streamer_s_end(execution: str, target: PreTrainedModel, draft: PreTrainedModel) -> None:
     inputs = random_prompts(random.Random(9), 1, (5,))
     config = PearlConfig(execution=execution)
-    streamer = RaisingStreamer(-1, Deliberate)
+    streamer = RaisingStreamer(-1)
     with pytest.raises(Deliberate):
         target.generate(**inputs, max_new_tokens=5, streamer=streamer, assistant_model=draft, pearl=config)
     assert_nothing_held(target)
@@ -309,48 +282,3 @@ def test_a_cache_that_is_too_small_is_refused_by_name_and_a_larger_one_works(
         assert_nothing_held(target)
         for config in (replace(small, cache_memory=12 * block), PearlConfig(execution=execution)):
             assert_equal(target, draft, inputs, config, max_new_tokens=20)
-
-
-# Calls at the same time.
-
-
-@pytest.mark.parametrize("execution", EXECUTIONS)
-def test_two_threads_that_call_one_pair_take_turns(
-    execution: str, target: PreTrainedModel, draft: PreTrainedModel
-) -> None:
-    config = PearlConfig(execution=execution, draft_length=4)
-    prompts = [random_prompts(random.Random(12 + index), 2, (3, 40)) for index in range(4)]
-    arguments = {"do_sample": False, "max_new_tokens": 20}
-    expected = [target.generate(**inputs, **arguments).tolist() for inputs in prompts]
-    outputs: list[list[list[int]] | None] = [None] * 4
-
-    def generate(index: int) -> None:
-        output = target.generate(**prompts[index], **arguments, assistant_model=draft, pearl=config)
-        outputs[index] = output.tolist()
-
-    threads = [threading.Thread(target=generate, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(TIMEOUT)
-    assert outputs == expected
-
-
-def test_a_plain_forward_of_another_thread_is_not_disturbed(target: PreTrainedModel, draft: PreTrainedModel) -> None:
-    """While a call of ours has switched the model's attention, `generate` elsewhere still gives its own tokens."""
-    inputs = random_prompts(random.Random(16), 3, (3, 20))
-    arguments = {**inputs, "do_sample": False, "max_new_tokens": 20}
-    expected = target.generate(**arguments).tolist()
-    plain: list[list[list[int]]] = []
-
-    class Beside(RecordingStreamer):
-        def put(self, value: torch.Tensor) -> None:
-            if len(plain) < 3:
-                thread = threading.Thread(target=lambda: plain.append(target.generate(**arguments).tolist()))
-                thread.start()
-                thread.join(TIMEOUT)
-
-    config = PearlConfig(execution="inline", draft_length=4)
-    output = target.generate(**arguments, streamer=Beside(), assistant_model=draft, pearl=config)
-    assert output.tolist() == expected
-    assert plain == [expected] * 3

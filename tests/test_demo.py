@@ -27,6 +27,7 @@ from hf_pearl.command_line import add_workload_options, load_prompts
 from hf_pearl.streaming import DRAFTED, PLAIN, VerifiedStreamer
 
 TIMEOUT = 240.0
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SMALL = ("--runs", "2", "--max-new-tokens", "12", "--dtype", "float64")
 PROMPT = "abc dead beef cafe"
 
@@ -63,10 +64,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 @pytest.fixture(autouse=True)
-def transformers_logging() -> Iterator[None]:
-    """The command makes transformers quieter; its process ends afterwards, this one does not."""
+def own_process() -> Iterator[None]:
+    """Undo what the command changes in its process, and give it one thread: for tiny models, two are slower."""
     verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(num_threads)
     logging.set_verbosity(verbosity)
     if shows_progress:
         logging.enable_progress_bar()
@@ -80,7 +84,7 @@ def rows_of(table: str) -> dict[str, list[str]]:
 
 def run_as_module(options: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hf_pearl", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=ENVIRONMENT)
 
 
 def test_the_module_prints_a_table_and_writes_the_same_figures(folders: Folders, tmp_path: Path) -> None:
@@ -200,7 +204,9 @@ def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to one process")
 def test_an_interrupt_ends_it_in_one_line(folders: Folders) -> None:
     command = [sys.executable, "-m", "hf_pearl", *folders.options("--prompt", PROMPT, "--runs", "100000")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
         try:
             assert process.stdout is not None
             for line in process.stdout:

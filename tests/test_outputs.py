@@ -14,6 +14,7 @@ import torch
 from callbacks import RecordingStreamer
 from models import (
     EXECUTIONS,
+    IN_PROCESS,
     VOCAB_SIZE,
     assert_varied,
     enabled_for_tiny_models,
@@ -54,7 +55,7 @@ def draft(target: PreTrainedModel) -> PreTrainedModel:
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_a_streamer_gets_the_prompt_and_then_every_token_once_and_in_order(
-    execution: str, batch_size: int, target: PreTrainedModel
+    execution: str, batch_size: int, target: PreTrainedModel, draft: PreTrainedModel
 ) -> None:
     """Also where an end-of-text token lies inside a stretch: nothing behind it is shown."""
     inputs = random_prompts(random.Random(3), batch_size, range(1, 20))
@@ -65,7 +66,8 @@ def test_a_streamer_gets_the_prompt_and_then_every_token_once_and_in_order(
         theirs, ours = RecordingStreamer(), RecordingStreamer()
         expected = target.generate(**arguments, streamer=theirs)
         config = replace(INLINE, execution=execution)
-        output = target.generate(**arguments, streamer=ours, assistant_model=target, pearl=config)
+        guesser = target if execution == "inline" else draft
+        output = target.generate(**arguments, streamer=ours, assistant_model=guesser, pearl=config)
         assert output.tolist() == expected.tolist()
         assert ours.seen == theirs.seen
         assert ours.seen[0] == inputs["input_ids"].tolist()
@@ -219,6 +221,37 @@ def test_the_statistics_add_up(overlap: bool, execution: str, target: PreTrained
     assert all(0 < rate < 1 for rate in stats.acceptance_per_position)
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_lockstep_does_the_same_in_every_execution(
+    overlap: bool, target: PreTrainedModel, draft: PreTrainedModel
+) -> None:
+    """Every count, not only the tokens: a line that a verdict has overtaken would cost guesses and nothing else."""
+    inputs = random_prompts(random.Random(8), 3, (5, 9))
+    for draft_length in (3, 6):
+        seen = []
+        for execution in EXECUTIONS:
+            config = PearlConfig(execution=execution, draft_length=draft_length, overlap=overlap, prefix_cache=False)
+            arguments = {**inputs, "do_sample": False, "max_new_tokens": 40, "return_dict_in_generate": True}
+            stats = target.generate(**arguments, assistant_model=draft, pearl=config).pearl
+            seen.append(
+                (stats.target_forwards, stats.judged_at, stats.stood_at, stats.drafted_tokens, stats.accepted_tokens)
+            )
+        assert 0 < seen[0][-1] < sum(seen[0][1])
+        assert seen == seen[:1] * len(EXECUTIONS)
+
+
+def test_a_draft_that_is_always_right_saves_every_forward_it_can(target: PreTrainedModel) -> None:
+    """Every forward but the prefill gives all its draft tokens and the bonus token: one fewer would still be right."""
+    inputs = random_prompts(random.Random(8), 1, (5,))
+    for draft_length in (1, 4, 7):
+        config = PearlConfig(execution="inline", draft_length=draft_length, overlap=False, prefix_cache=False)
+        arguments = {**inputs, "do_sample": False, "max_new_tokens": 1 + 5 * (draft_length + 1)}
+        output = target.generate(**arguments, assistant_model=target, pearl=config, return_dict_in_generate=True)
+        assert output.sequences.tolist() == target.generate(**arguments).tolist()
+        assert output.pearl.target_forwards == 1 + 5
+        assert output.pearl.mean_accepted_tokens == draft_length + 1
+
+
 def test_several_sequences_are_returned_per_prompt(target: PreTrainedModel, draft: PreTrainedModel) -> None:
     inputs = random_prompts(random.Random(9), 2, (3, 7))
     output = target.generate(
@@ -262,7 +295,7 @@ def test_nothing_of_the_callers_is_changed(target: PreTrainedModel, draft: PreTr
     assert [(each.config._attn_implementation, each.training, dict(vars(each))) for each in (target, draft)] == own
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("execution", IN_PROCESS)
 def test_models_in_training_mode_stay_in_it_and_decode_without_dropout(execution: str) -> None:
     target = tiny_model("gpt2", 11, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     draft = noisy_copy(target, 0.03, 2)

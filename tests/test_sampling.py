@@ -51,8 +51,13 @@ def target() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def draft(target: PreTrainedModel) -> PreTrainedModel:
-    return noisy_copy(target, 0.05, 2)
+def drafts(target: PreTrainedModel) -> dict[DraftKind, PreTrainedModel]:
+    return {kind: make_draft(target, kind, 2) for kind in DRAFT_KINDS}
+
+
+@pytest.fixture(scope="module")
+def draft(drafts: dict[DraftKind, PreTrainedModel]) -> PreTrainedModel:
+    return drafts["noisy"]
 
 
 def sample(
@@ -106,7 +111,7 @@ def run_invariance(seed: int, num_runs: int) -> None:
 
 
 def test_random_calls_give_the_same_tokens_with_any_draft_and_schedule_and_none(seed: int) -> None:
-    run_invariance(seed, 150)
+    run_invariance(seed, 200)
 
 
 @pytest.mark.slow
@@ -117,9 +122,11 @@ def test_two_thousand_random_calls_give_the_same_tokens_with_any_draft_and_none(
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("kind", DRAFT_KINDS)
-def test_every_kind_of_draft_in_every_schedule(kind: DraftKind, execution: str, target: PreTrainedModel) -> None:
+def test_every_kind_of_draft_in_every_schedule(
+    kind: DraftKind, execution: str, target: PreTrainedModel, drafts: dict[DraftKind, PreTrainedModel]
+) -> None:
     """With the target itself as its draft every guess stands: both lanes see the same noise at the same positions."""
-    draft = make_draft(target, kind, 3)
+    draft = drafts[kind]
     inputs = random_prompts(random.Random(4), 4, range(1, 40))
     expected = sample(target, None, inputs, PearlConfig(seed=5)).sequences
     assert_varied(expected[:, -20:])
@@ -183,14 +190,10 @@ def test_equal_prompts_in_one_batch_give_different_rows(target: PreTrainedModel,
     rows = sample(target, draft, inputs, INLINE).sequences[:, 5:].tolist()
     assert len({tuple(row) for row in rows}) == 8
     assert len({row[0] for row in rows}) > 2
-    returned = sample(
-        target,
-        draft,
-        {name: each[:1] for name, each in inputs.items()},
-        replace(INLINE, seed=1),
-        num_return_sequences=8,
-    )
-    assert returned.sequences.tolist() == sample(target, draft, inputs, replace(INLINE, seed=1)).sequences.tolist()
+    config = replace(INLINE, seed=1)
+    one = {name: each[:1] for name, each in inputs.items()}
+    returned = sample(target, draft, one, config, num_return_sequences=8).sequences.tolist()
+    assert returned == sample(target, draft, inputs, config).sequences.tolist()
 
 
 # The noise is the law.
@@ -274,6 +277,14 @@ class LawCase:
     processors: tuple[LogitsProcessor, ...] = ()
 
 
+def flat_model(architecture: str, seed: int, vocab_size: int) -> PreTrainedModel:
+    """A tiny model whose next token is hard to foresee: many answers are about as likely."""
+    model = tiny_model(architecture, seed, vocab_size)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.4)
+    return model
+
+
 def draw_law_case(chance: random.Random, index: int) -> LawCase:
     """The `index`-th of a series in which every execution, kind of draft and schedule has its turn."""
     vocab_size, num_tokens = ((5, 4), (6, 3), (7, 3), (8, 3))[index % 4]
@@ -305,8 +316,8 @@ def count_outcomes(
     prompt: list[int],
     seeds: random.Random,
     num_samples: int,
-) -> tuple[Counter[tuple[int, ...]], float]:
-    """Sample rows of large batches through the whole loop; count the answers, and say what share of guesses stood."""
+) -> tuple[Counter[tuple[int, ...]], int, int]:
+    """Sample rows of large batches through the whole loop; count answers, guesses judged, and guesses that stood."""
     counts: Counter[tuple[int, ...]] = Counter()
     ids = torch.tensor([prompt] * ROWS_PER_CALL)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -317,13 +328,13 @@ def count_outcomes(
             counts[tuple(row[: row.index(end) + 1] if end in row else row)] += 1
         num_stood += output.pearl.accepted_tokens
         num_judged += sum(output.pearl.judged_at)
-    return counts, num_stood / max(1, num_judged)
+    return counts, num_judged, num_stood
 
 
 def assert_law(seed: int, index: int, num_samples: int, num_laws: int) -> None:
     chance = random.Random(f"{seed} {index}")
     case = draw_law_case(chance, index)
-    target = tiny_model(case.architecture, chance.getrandbits(32), case.vocab_size)
+    target = flat_model(case.architecture, chance.getrandbits(32), case.vocab_size)
     draft = make_draft(target, case.kind, chance.getrandbits(32), noise=0.3)
     prompt = [chance.randrange(case.vocab_size - 1) for _ in range(chance.randint(1, 4))]
     processors = LogitsProcessorList(case.processors)
@@ -331,8 +342,9 @@ def assert_law(seed: int, index: int, num_samples: int, num_laws: int) -> None:
 
     def p_value(stage: int, num_samples: int) -> float:
         seeds = random.Random(f"{seed} {index} {stage}")
-        counts, rate = count_outcomes(case, target, draft, prompt, seeds, num_samples)
-        assert rate == 1 or case.kind != "same" or not case.config.overlap
+        counts, num_judged, num_stood = count_outcomes(case, target, draft, prompt, seeds, num_samples)
+        if case.config.draft_length in (2, 3):
+            assert 0 < num_stood < num_judged or (case.kind == "same" and num_stood == num_judged > 0)
         return chi_square_p_value(counts, law)
 
     assert law_holds(p_value, num_samples, num_laws), f"law {index} of {seed=}: {case}"
@@ -356,7 +368,7 @@ def test_a_hundred_laws_of_whole_answers(index: int, seed: int) -> None:
 
 def test_the_test_of_laws_can_fail() -> None:
     """Counts of the draft's law, and of the target's with one pair of tokens exchanged, are told apart."""
-    target = tiny_model("llama", 13, 5)
+    target = flat_model("llama", 13, 5)
     draft = noisy_copy(target, 0.3, 14)
     laws = [exact_law(model, [1, 2], 3, LogitsProcessorList()) for model in (target, draft)]
     outcomes = list(laws[0])

@@ -13,7 +13,16 @@ import torch
 from callbacks import CountingProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import PAD_TOKEN_ID, VOCAB_SIZE, DraftKind, is_varied, left_padded, make_draft, tiny_model
+from models import (
+    PAD_TOKEN_ID,
+    VOCAB_SIZE,
+    DraftKind,
+    enabled_for_tiny_models,
+    is_varied,
+    left_padded,
+    make_draft,
+    tiny_model,
+)
 from transformers import (
     EosTokenCriteria,
     LogitsProcessorList,
@@ -303,12 +312,9 @@ PAIRS: list[tuple[str, DraftKind, float]] = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    """For tiny models, more threads only get in each other's way."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+def enabled() -> Iterator[None]:
+    with enabled_for_tiny_models():
+        yield
 
 
 def run_fuzz(seed: int, samples: bool, num_cases: int, patch: pytest.MonkeyPatch) -> None:

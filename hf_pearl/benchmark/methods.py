@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from ..config import PearlConfig
 from ..decoding.stats import PearlStats
-from ..parallel.cores import available_cores
 
 METHODS = ("generate", "assisted", "engine", "speculative", "pearl")
 OURS = METHODS[2:]
@@ -105,11 +104,9 @@ def settings(method: str) -> list[Setting]:
 
 
 def thread_counts(device: torch.device) -> list[int]:
-    """Numbers of intra-op threads worth a trial: powers of two up to the cores of this process, and their number."""
-    if device.type != "cpu":
-        return [torch.get_num_threads()]
-    num_cores = len(available_cores())
-    return sorted({num_cores, *(2**i for i in range(num_cores.bit_length()))})
+    """Numbers of intra-op threads worth a trial: powers of two up to torch's own choice (cores, OMP_NUM_THREADS)."""
+    most = torch.get_num_threads()
+    return sorted({most, *(2**i for i in range(most.bit_length()))}) if device.type == "cpu" else [most]
 
 
 def complete(workload: Workload, setting: Setting, prompt: torch.Tensor, streamer: Any = None) -> Completion:

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from ..compat import AttentionInterface, AttentionMaskInterface, eager_attention
+from ..compat import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    attention_configs,
+    eager_attention,
+    set_attention_implementation,
+)
 
 if TYPE_CHECKING:
     from .step import PagedStep
@@ -54,22 +60,23 @@ def paged_attention(model: PreTrainedModel) -> Iterator[None]:
     Other threads that call the model meanwhile are served by the attention it had: the paged functions act only
     where `paged_step` is set.
     """
-    config = model.config
+    configs = attention_configs(model)
     with _switch_lock:
-        users, original = _switched.get(id(config), (0, config._attn_implementation))
-        if not users:
-            model.set_attn_implementation(ATTENTION_NAME)
-        _switched[id(config)] = (users + 1, original)
+        for config in configs:
+            users, original = _switched.get(id(config), (0, config._attn_implementation))
+            _switched[id(config)] = (users + 1, original)
+            set_attention_implementation(config, ATTENTION_NAME)
     try:
         yield
     finally:
         with _switch_lock:
-            users, original = _switched[id(config)]
-            if users > 1:
-                _switched[id(config)] = (users - 1, original)
-            else:
-                del _switched[id(config)]
-                model.set_attn_implementation(original)
+            for config in configs:
+                users, original = _switched[id(config)]
+                if users > 1:
+                    _switched[id(config)] = (users - 1, original)
+                else:
+                    set_attention_implementation(config, original)
+                    del _switched[id(config)]
 
 
 def _paged_attention_forward(

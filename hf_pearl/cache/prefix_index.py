@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class IndexedBlock(NamedTuple):
-    """A full block of verified tokens: where it lies, what it holds, and the digest of the prefix before it."""
+    """A full block of verified tokens: where it lies, what it holds, its number, and that of the block before it.
+
+    Numbers are never used again: a block whose predecessor was evicted is not found behind another one.
+    """
 
     block: int
     token_ids: tuple[int, ...]
-    parent: bytes
+    number: int
+    parent: int
 
 
 class PrefixIndex:
@@ -28,6 +33,7 @@ class PrefixIndex:
         self._root = self._digest(b"", salt.encode())
         self._blocks: dict[bytes, IndexedBlock] = {}
         self._digests: dict[int, bytes] = {}
+        self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -46,15 +52,15 @@ class PrefixIndex:
 
         The last token is left out because its logits are needed, and computing them writes into its block.
         """
-        blocks, parent = [], self._root
+        blocks, digest, parent = [], self._root, 0
         for start in range(0, (len(token_ids) - 1) // block_size * block_size, block_size):
             wanted = tuple(token_ids[start : start + block_size])
-            digest = self._child(parent, wanted)
+            digest = self._child(digest, wanted)
             found = self._blocks.get(digest)
             if found is None or found.token_ids != wanted or found.parent != parent:
                 break
             blocks.append(found.block)
-            parent = digest
+            parent = found.number
         return blocks
 
     def insert(self, token_ids: Sequence[int], block_table: Sequence[int], block_size: int) -> None:
@@ -63,18 +69,18 @@ class PrefixIndex:
         Where another block already holds the same prefix, that one stays: two requests with one prompt in one step
         must not overwrite each other's entry.
         """
-        parent = self._root
+        digest, parent = self._root, 0
         for index in range(len(token_ids) // block_size):
             block = block_table[index]
             held = tuple(token_ids[index * block_size : (index + 1) * block_size])
-            digest = self._child(parent, held)
+            digest = self._child(digest, held)
             found = self._blocks.get(digest)
             if found is None and block not in self._digests:
-                self._blocks[digest] = IndexedBlock(block, held, parent)
+                found = self._blocks[digest] = IndexedBlock(block, held, next(self._numbers), parent)
                 self._digests[block] = digest
-            elif found is not None and (found.token_ids != held or found.parent != parent):
-                return  # A collision: whatever follows would hang on the wrong parent.
-            parent = digest
+            if found is None or found.token_ids != held or found.parent != parent:
+                return  # A collision, or a predecessor is gone: whatever follows would hang on the wrong parent.
+            parent = found.number
 
     def forget(self, block: int) -> None:
         """Remove the entry of an evicted block."""

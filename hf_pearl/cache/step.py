@@ -53,14 +53,17 @@ class PagedStep:
             self._read, self._write = self._find_slots()
 
     def _find_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where every sequence's keys lie, short sequences padded with slot 0, and where the new ones go."""
+        """Where every sequence's keys lie, short ones padded with their own first, and where the new ones go.
+
+        Masked keys still count 0 times their value: another sequence's NaN would not stay its own.
+        """
         size = self.cache.block_size
         read = torch.zeros(len(self.spans), self._num_keys, dtype=torch.long)
         write = []
         for row, span in enumerate(self.spans):
             blocks = torch.tensor(span.block_table[: -(-span.length // size)])
             slots = (blocks[:, None] * size + torch.arange(size)).flatten()[: span.length]
-            read[row, : span.length] = slots
+            read[row, : span.length], read[row, span.length :] = slots, slots[0]
             write.append(slots[span.length - span.num_queries :])
         return read.flatten().to(self.cache.device), torch.cat(write).to(self.cache.device)
 

@@ -51,12 +51,23 @@ class Drafter:
         Turns draft logits into guesses.
     max_line : int
         Guesses beyond the verified tokens at which a line waits for a verdict.
+    free_running : bool
+        Whether an unlikely line is left alone. Otherwise every granted step lengthens every line, so that nothing
+        depends on what was learnt in earlier calls.
     """
 
-    def __init__(self, lane: Lane, proposer: Proposer, calibration: Calibration, max_line: int = MAX_LINE) -> None:
+    def __init__(
+        self,
+        lane: Lane,
+        proposer: Proposer,
+        calibration: Calibration,
+        max_line: int = MAX_LINE,
+        free_running: bool = True,
+    ) -> None:
         self.lane = lane
         self.proposer = proposer
         self.max_line = max_line
+        self.min_chance = MIN_CHANCE if free_running else 0.0
         self.calibration = calibration
         self.trees: dict[int, DraftTree] = {}
         self.num_steps = 0
@@ -118,7 +129,7 @@ class Drafter:
         return not self._is_out_of_memory and any(self._may_grow(tree) for tree in self.trees.values())
 
     def _may_grow(self, tree: DraftTree) -> bool:
-        return tree.room > 0 and len(tree.line) < self.max_line and tree.chance >= MIN_CHANCE
+        return tree.room > 0 and len(tree.line) < self.max_line and tree.chance >= self.min_chance
 
     def step(self) -> list[Line]:
         """One draft forward: one more guess for every line that may grow; return these lines."""

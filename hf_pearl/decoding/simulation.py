@@ -215,8 +215,9 @@ def simulate_run(
 
     if draft_length is not None:
         lane = RecordedLane(lambda windows: None)
-        drafter = Drafter(lane, RecordedProposer(traces), Calibration())
-        draft = VirtualDraft(drafter, costs, clock, draft_length == "auto" and overlap)
+        free_running = draft_length == "auto" and overlap
+        drafter = Drafter(lane, RecordedProposer(traces), Calibration(), free_running=free_running)
+        draft = VirtualDraft(drafter, costs, clock, free_running)
     return _run(traces, RecordedLane(advance_target), draft, clock, draft_length, overlap)
 
 

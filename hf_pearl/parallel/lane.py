@@ -17,6 +17,12 @@ from ..errors import PearlOutOfBlocksError
 MAX_TOKENS_PER_FORWARD = 4096
 
 
+def output_vocab_size(model: PreTrainedModel) -> int:
+    """Entries of the model's logits; a quantised head has no plain weight to read them off."""
+    head = model.get_output_embeddings()
+    return head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
+
+
 class ModelLane:
     """Ragged forwards of one model over its own paged cache.
 

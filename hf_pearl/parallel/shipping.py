@@ -203,7 +203,8 @@ def _can_import(kind: type) -> bool:
         return False
     try:
         is_there = _lookup(sys.modules[kind.__module__], kind.__qualname__) is kind
-        return is_there and any(finder.find_spec(top, None) is not None for finder in sys.meta_path)
+        finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
+        return is_there and any(finder.find_spec(top, None) is not None for finder in finders)
     except (AttributeError, KeyError, ImportError, ValueError):
         return False
 

@@ -178,7 +178,7 @@ class DraftServer:
     def _draft(self, options: records.CallOptions, outbox: Outbox) -> None:
         lane = ModelLane(self.model, self._cache_of(options.num_blocks), options.prefix_cache)
         proposer = Proposer(options.vocab_size, decode_processors(options.processors), options.pad_token_id)
-        drafter = Drafter(lane, proposer, self.calibration, options.max_line)
+        drafter = Drafter(lane, proposer, self.calibration, options.max_line, options.free_running)
         with lane.ready():
             outbox.publish(drafter, [])
             run_draft_loop(drafter, self.inbox, lambda lines: outbox.publish(drafter, lines), options.free_running)

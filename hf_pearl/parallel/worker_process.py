@@ -106,6 +106,8 @@ class WorkerProcess:
             copy_weights(self.shipment, tensors, descriptor, self._cancelled.is_set)
             if not self._cancelled.is_set():
                 self._lifeline.send(b"w")
+        except BrokenPipeError:
+            pass  # It has ended, and its log says why.
         except OSError as error:
             if not self._cancelled.is_set():  # Else it is ending, and nobody asks.
                 self.give_up(f"its weights could not be copied into shared memory: {error}")
@@ -130,7 +132,7 @@ class WorkerProcess:
         if self._left is None or time.perf_counter() - self._left[1] < HUNG_SECONDS:
             return False
         status = self.status
-        return status is None or status.call < self._left[0] or not status.is_finished
+        return status is None or (status.call, status.is_finished) < (self._left[0], True)
 
     def leave(self, call: int) -> None:
         """Note that the engine has left a call, which the worker should do soon."""

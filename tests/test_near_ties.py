@@ -1,0 +1,103 @@
+"""In low precision, outputs part from transformers' own only where the target finds two tokens equally good.
+
+The comparison goes on behind every first difference, from the reference's prefix, so that one near-tie hides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import hf_pearl
+from hf_pearl import PearlConfig
+from hf_pearl.benchmark.near_tie import first_difference, is_near_tie
+from hf_pearl.pair import PROMPTS, demo_pair_folder
+
+Pair = tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]
+NUM_TOKENS = 200
+
+
+def has_pair() -> bool:
+    """Whether the embedded pair's weights are there."""
+    try:
+        demo_pair_folder()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not has_pair(), reason="the weights of the embedded pair are not there")
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """The embedded pair, with `pearl`; one thread, since the draft needs the other core."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    target, draft, tokenizer = hf_pearl.load_demo_pair("cpu", request.param)
+    hf_pearl.enable(target)
+    yield target, draft, tokenizer
+    hf_pearl.release(target)
+    torch.set_num_threads(num_threads)
+
+
+def read_prompts(num_prompts: int) -> list[str]:
+    """Held-out prompts, evenly spread."""
+    lines = PROMPTS.read_text("utf-8").splitlines()
+    step = max(1, len(lines) // num_prompts)
+    return [json.loads(line)["turns"][0] for line in lines[::step][:num_prompts]]
+
+
+def generate(target: PreTrainedModel, ids: torch.Tensor, num_tokens: int, **options: object) -> list[int]:
+    """Greedy tokens after `ids`."""
+    mask = torch.ones_like(ids)
+    output = target.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False, **options)
+    return output[0, ids.shape[1] :].tolist()
+
+
+def count_near_ties(pair: Pair, prompt: str, config: PearlConfig) -> int:
+    """Compare one prompt's tokens from difference to difference, each of which must be a near-tie."""
+    target, draft, tokenizer = pair
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    expected = generate(target, ids, NUM_TOKENS)
+    num_near_ties = 0
+    while expected:
+        got = generate(target, ids, len(expected), assistant_model=draft, pearl=config)
+        place = first_difference(expected, got)
+        if place is None:
+            break
+        assert is_near_tie(target, ids, expected, got), f"{prompt[:40]!r}: token {place} differs by a wide margin"
+        num_near_ties += 1
+        ids = torch.cat([ids, torch.tensor([expected[: place + 1]])], dim=1)
+        expected = expected[place + 1 :]
+    return num_near_ties
+
+
+def test_every_first_difference_is_a_near_tie(pair: Pair) -> None:
+    """Fifty prompts in bfloat16 (10 in float32, where differences are rare), 200 tokens each, with the default."""
+    num_prompts = 50 if pair[0].dtype == torch.bfloat16 else 10
+    prompts = read_prompts(num_prompts)
+    assert len(prompts) == num_prompts
+    near_ties = [count_near_ties(pair, prompt, PearlConfig()) for prompt in prompts]
+    assert sum(near_ties) < num_prompts * NUM_TOKENS // 20, "too many for rounding to be the reason"
+
+
+@pytest.mark.parametrize("draft_length", [1, 4, 8])
+def test_every_first_difference_is_a_near_tie_in_lockstep(pair: Pair, draft_length: int) -> None:
+    """Five prompts for each draft length."""
+    for prompt in read_prompts(5):
+        count_near_ties(pair, prompt, PearlConfig(draft_length=draft_length, execution="threads"))
+
+
+def test_lockstep_with_a_cold_cache_repeats_bit_for_bit(pair: Pair) -> None:
+    """What the README promises for low precision."""
+    target, draft, tokenizer = pair
+    config = PearlConfig(draft_length=4, prefix_cache=False)
+    for prompt in read_prompts(3):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        first, second = (generate(target, ids, 64, assistant_model=draft, pearl=config) for _ in range(2))
+        assert first == second
