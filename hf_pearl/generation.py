@@ -191,7 +191,7 @@ def _sequences(input_ids: torch.Tensor, requests: list[Request], rules: Rules) -
     longest = max(len(request.generated) for request in requests)
     fill = 0 if rules.pad_token_id is None else rules.pad_token_id
     rows = [request.generated + [fill] * (longest - len(request.generated)) for request in requests]
-    generated = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device).reshape(len(requests), longest)
+    generated = torch.tensor(rows, dtype=torch.long, device=input_ids.device).reshape(len(requests), longest)
     return torch.cat([input_ids, generated], dim=1)
 
 

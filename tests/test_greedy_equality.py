@@ -30,7 +30,7 @@ from models import (
     tiny_model,
     tiny_tokenizer,
 )
-from transformers import PreTrainedModel, WatermarkingConfig
+from transformers import GenerationConfig, PreTrainedModel, WatermarkingConfig
 
 from hf_pearl import PearlConfig
 
@@ -373,6 +373,25 @@ def test_every_limit_on_new_tokens(target: PreTrainedModel, draft: PreTrainedMod
                 expected, _ = assert_equal(target, guesser, inputs, config, max_new_tokens=num_new)
                 assert expected.shape[1] == num_new
                 assert_equal(target, guesser, inputs, config, max_length=length + num_new)
+
+
+def test_settings_in_a_config_in_the_model_s_own_and_overridden_by_none(draft: PreTrainedModel) -> None:
+    """`eos_token_id=None` takes back what the model's own config says, as in `generate`."""
+    target = tiny_model("llama", 1)
+    inputs = random_prompts(random.Random(23), 3, (3, 9))
+    plain = target.generate(**inputs, do_sample=False, max_new_tokens=20)[:, -20:].tolist()
+    target.generation_config.eos_token_id = [row[5] for row in plain]
+    target.generation_config.repetition_penalty = 1.1
+    own, _ = assert_equal(target, draft, inputs, max_new_tokens=20)
+    assert own.tolist() != plain
+    taken_back, _ = assert_equal(target, draft, inputs, max_new_tokens=20, eos_token_id=None, repetition_penalty=None)
+    assert taken_back.tolist() == plain
+    tokenizer = tiny_tokenizer(0)
+    given = GenerationConfig(
+        max_new_tokens=20, eos_token_id=plain[0][9], stop_strings=[tokenizer.decode(plain[1][7:9])], pad_token_id=3
+    )
+    configured, _ = assert_equal(target, draft, inputs, generation_config=given, tokenizer=tokenizer)
+    assert configured.tolist() not in (own.tolist(), plain)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)

@@ -78,8 +78,8 @@ def count_near_ties(pair: Pair, prompt: str, config: PearlConfig) -> int:
 
 
 def test_every_first_difference_is_a_near_tie(pair: Pair) -> None:
-    """Fifty prompts in bfloat16 (10 in float32, where differences are rare), 200 tokens each, with the default."""
-    num_prompts = 50 if pair[0].dtype == torch.bfloat16 else 10
+    """Fifty prompts in bfloat16 (6 in float32, where differences are rare), 200 tokens each, with the default."""
+    num_prompts = 50 if pair[0].dtype == torch.bfloat16 else 6
     prompts = read_prompts(num_prompts)
     assert len(prompts) == num_prompts
     near_ties = [count_near_ties(pair, prompt, PearlConfig()) for prompt in prompts]
@@ -88,8 +88,8 @@ def test_every_first_difference_is_a_near_tie(pair: Pair) -> None:
 
 @pytest.mark.parametrize("draft_length", [1, 4, 8])
 def test_every_first_difference_is_a_near_tie_in_lockstep(pair: Pair, draft_length: int) -> None:
-    """Five prompts for each draft length."""
-    for prompt in read_prompts(5):
+    """Three prompts for each draft length."""
+    for prompt in read_prompts(3):
         count_near_ties(pair, prompt, PearlConfig(draft_length=draft_length, execution="threads"))
 
 

@@ -188,6 +188,8 @@ def test_an_output_is_of_the_type_that_was_asked_for(target: PreTrainedModel, dr
     plain = target.generate(**arguments)
     assert isinstance(plain, torch.Tensor)
     assert plain.dtype == torch.long
+    arguments["input_ids"] = inputs["input_ids"].int()
+    assert target.generate(**arguments).dtype == torch.long
     output = target.generate(**arguments, return_dict_in_generate=True)
     assert isinstance(output, PearlGenerateOutput)
     assert isinstance(output, GenerateDecoderOnlyOutput)

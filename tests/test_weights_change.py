@@ -284,7 +284,7 @@ def test_a_new_model_in_the_place_of_one_that_is_gone_starts_cold() -> None:
     num_inherited, ids, addresses = 0, set[int](), set[int]()
     for seed in range(4):
         target, draft = tiny_model("llama", seed, num_hidden_layers=1), tiny_model("llama", seed, num_hidden_layers=1)
-        num_inherited += sum(id(each) in ids and each.data_ptr() in addresses for each in target.parameters())
+        num_inherited += sum(id(each) in ids or each.data_ptr() in addresses for each in target.parameters())
         for assistant in (None, draft):
             output = pearl(target, assistant)
             assert torch.equal(output.sequences, plain(target))
@@ -292,8 +292,8 @@ def test_a_new_model_in_the_place_of_one_that_is_gone_starts_cold() -> None:
         assert output.pearl.draft_prefilled_tokens == PROMPT_LENGTH
         assert output.pearl.acceptance_rate == 1.0
         gone = weakref.ref(target)
-        ids = {id(each) for each in target.parameters()}
-        addresses = {each.data_ptr() for each in target.parameters()}
+        ids |= {id(each) for each in target.parameters()}
+        addresses |= {each.data_ptr() for each in target.parameters()}
         del target, draft, assistant, output
         gc.collect()
         assert gone() is None
