@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import GenerationMixin
 
-from . import compat
 from .config import PearlConfig
-from .generation import pearl_generate, unwrap
+from .generation import pearl_generate
+from .models import generative_model
 
 _lock = threading.Lock()
 
@@ -29,11 +29,10 @@ def enable(model: Any = None) -> None:
             if not hasattr(GenerationMixin.generate, "hf_pearl_original"):
                 GenerationMixin.generate = _with_pearl(GenerationMixin.generate)
             return
-        inner = unwrap(model)
-        if not isinstance(inner, GenerationMixin):
-            raise TypeError(f"`model` must be a transformers model that can generate, got {type(model).__name__}.")
-        if not hasattr(inner.generate, "hf_pearl_original"):
-            inner.generate = types.MethodType(_generate_of_one_model, inner)
+        inner = generative_model(model)
+        if not _is_enabled(inner):
+            # Not a bound method, which would be pickled by its name as an attribute of the model's class.
+            inner.generate = functools.partial(_generate_of_one_model, inner)
 
 
 def disable(model: Any = None) -> None:
@@ -44,9 +43,13 @@ def disable(model: Any = None) -> None:
             if original is not None:
                 GenerationMixin.generate = original
             return
-        own = vars(unwrap(model)).get("generate")
-        if getattr(own, "__func__", None) is _generate_of_one_model:
-            del unwrap(model).generate
+        inner = generative_model(model)
+        if _is_enabled(inner):
+            del inner.generate
+
+
+def _is_enabled(model: Any) -> bool:
+    return getattr(vars(model).get("generate"), "func", None) is _generate_of_one_model
 
 
 def _with_pearl(original: Any) -> Any:
@@ -60,7 +63,6 @@ def _with_pearl(original: Any) -> Any:
 
 def _generate_of_one_model(self: Any, *args: Any, pearl: bool | PearlConfig | None = None, **kwargs: Any) -> Any:
     """transformers' `generate`, with `pearl`."""
-    return pearl_generate(types.MethodType(type(self).generate, self), self, pearl, args, kwargs)
-
-
-_generate_of_one_model.hf_pearl_original = compat.original_generate()  # type: ignore[attr-defined]
+    of_class = type(self).generate
+    original = getattr(of_class, "hf_pearl_original", of_class)  # Where every model is enabled too.
+    return pearl_generate(types.MethodType(original, self), self, pearl, args, kwargs)

@@ -19,12 +19,13 @@ def fingerprint(model: torch.nn.Module) -> Hashable:
     """A value that differs after a training step, an adapter switch or `load_state_dict`.
 
     It covers every parameter and buffer by identity, storage, address, version counter and optimizer steps, and the
-    active adapters. What it cannot see: other writes that go around autograd's version counter (`tensor.data`, numpy
-    views, raw pointers); `hf_pearl.clear_cache(model)` is for these.
+    active adapters and forward hooks. What it cannot see: other writes that go around autograd's version counter
+    (`tensor.data`, numpy views, raw pointers), and code or configuration that is put in place of another;
+    `hf_pearl.clear_cache(model)` is for these.
     """
     _watch_optimizers()
     tensors = tuple(_state(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
-    return tensors, _active_adapters(model)
+    return tensors, _active_adapters(model), _hooks(model)
 
 
 @functools.cache
@@ -48,6 +49,16 @@ def _state(tensor: torch.Tensor) -> Hashable:
     # A tensor made in inference mode counts no versions: it is taken for changed every time.
     version = object() if tensor.is_inference() else tensor._version
     return WeakIdRef(tensor), storage, tensor.data_ptr(), version, _steps.get(tensor, 0), tensor.dtype
+
+
+def _hooks(model: torch.nn.Module) -> tuple[Hashable, ...]:
+    """Forward hooks, by numbers that torch never uses twice; they may change what a layer computes."""
+    hooks = (
+        (tuple(module._forward_hooks), tuple(module._forward_pre_hooks))
+        for module in model.modules()
+        if module._forward_hooks or module._forward_pre_hooks
+    )
+    return tuple(hooks)
 
 
 def _active_adapters(model: torch.nn.Module) -> tuple[Hashable, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
@@ -31,6 +32,7 @@ from .decoding.request import Request
 from .decoding.rules import Rules
 from .decoding.stats import PearlStats
 from .engine import Prompt
+from .models import unwrap
 from .outputs import PearlGenerateOutput
 from .registry import engine_for
 
@@ -43,6 +45,12 @@ class PearlGenerationMixin:
     `pearl=True` or a `PearlConfig` decodes with parallel speculative decoding (PEARL, arXiv 2408.11850), `False` is
     transformers' own `generate`, untouched.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if GenerationMixin in order and order.index(GenerationMixin) < order.index(PearlGenerationMixin):
+            raise TypeError(f"{cls.__name__} must inherit PearlGenerationMixin before its transformers model class.")
 
     def generate(self, *args: Any, pearl: bool | PearlConfig | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`, with `pearl`; returns the same, `PearlGenerateOutput` where it returns a dict."""
@@ -88,12 +96,6 @@ def pearl_generate(
 
     with _without_stop_strings(model, arguments):
         return generate(**arguments, custom_generate=decode)
-
-
-def unwrap(model: Any) -> Any:
-    """The transformers model inside `torch.compile`'s and PEFT's wrappers, whose layers carry the adapters."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .engine import PearlEngine
+from .models import generative_model
 
 _lock = threading.Lock()
 # target -> draft -> engine; plain decoding stands under the target itself.
@@ -27,7 +28,8 @@ def engine_for(target: PreTrainedModel, draft: PreTrainedModel | None) -> PearlE
 
 
 def engines_of(model: PreTrainedModel) -> list[PearlEngine]:
-    """Every engine in which `model` is target or draft."""
+    """Every engine in which `model` is target or draft; raises `TypeError` for what is no model."""
+    model = generative_model(model)
     with _lock:
         found = [_plain[model]] if model in _plain else []
         for target, by_draft in _engines.items():
@@ -39,6 +41,7 @@ def release(model: PreTrainedModel) -> None:
     """Give back all that hf_pearl holds for `model` as target or draft: caches, worker processes."""
     for engine in engines_of(model):
         engine.close()
+    model = generative_model(model)
     with _lock:
         _plain.pop(model, None)
         _engines.pop(model, None)

@@ -1,0 +1,21 @@
+"""The transformers model inside what a user hands over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationMixin
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside `torch.compile`'s and PEFT's wrappers, whose layers carry the adapters."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def generative_model(model: Any) -> Any:
+    """`unwrap(model)`; raises `TypeError` unless that is a transformers model that can generate."""
+    inner = unwrap(model)
+    if not isinstance(inner, GenerationMixin):
+        raise TypeError(f"`model` must be a transformers model that can generate, got {type(model).__name__}.")
+    return inner
