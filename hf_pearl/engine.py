@@ -171,6 +171,12 @@ class PearlEngine:
         self, execution: Execution, draft: PreTrainedModel, vocab_size: int, rules: Rules, config: PearlConfig
     ) -> Runner:
         processors, pad_token_id = draft_processors(rules.processors), rules.pad_token_id or 0
+        left_out = sorted({type(each).__name__ for each in rules.processors if each not in processors})
+        if left_out:
+            logger.info_once(
+                f"The draft guesses without {', '.join(left_out)}, which may keep state: acceptance may fall, the "
+                "output is the same."
+            )
         free_running = config.draft_length == "auto" and config.overlap
         if execution == "processes" and self.workers.worker is not None:
             return self.workers.worker.call(vocab_size, processors, pad_token_id, free_running, config.prefix_cache)
@@ -210,7 +216,7 @@ class PearlEngine:
         stats.draft_seconds = sum(end - start for start, end in report.intervals)
         stats.overlap_seconds = overlap(loop.intervals, report.intervals)
         if runner.error is not None:
-            logger.warning(f"The draft lane failed, and the call went on without it: {runner.error!r}")
+            logger.warning(f"The draft lane failed, and the call went on without it: {runner.error}")
 
     def _prepare_caches(self, target: PreTrainedModel, draft: PreTrainedModel | None, config: PearlConfig) -> None:
         """Make the caches that are missing, and clear those whose model has changed since the last call."""
