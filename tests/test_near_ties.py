@@ -86,10 +86,10 @@ def test_every_first_difference_is_a_near_tie(pair: Pair) -> None:
     assert sum(near_ties) < num_prompts * NUM_TOKENS // 20, "too many for rounding to be the reason"
 
 
-@pytest.mark.parametrize("draft_length", [1, 4, 8])
+@pytest.mark.parametrize("draft_length", [1, 8])
 def test_every_first_difference_is_a_near_tie_in_lockstep(pair: Pair, draft_length: int) -> None:
-    """Three prompts for each draft length."""
-    for prompt in read_prompts(3):
+    """Two prompts for each draft length."""
+    for prompt in read_prompts(2):
         count_near_ties(pair, prompt, PearlConfig(draft_length=draft_length, execution="threads"))
 
 
