@@ -216,7 +216,9 @@ class PearlEngine:
         stats.draft_seconds = sum(end - start for start, end in report.intervals)
         stats.overlap_seconds = overlap(loop.intervals, report.intervals)
         if runner.error is not None:
-            logger.warning(f"The draft lane failed, and the call went on without it: {runner.error}")
+            logger.warning(
+                f"The draft lane failed, and the call went on without it: {type(runner.error).__name__}: {runner.error}"
+            )
 
     def _prepare_caches(self, target: PreTrainedModel, draft: PreTrainedModel | None, config: PearlConfig) -> None:
         """Make the caches that are missing, and clear those whose model has changed since the last call."""
