@@ -37,6 +37,7 @@ from .benchmark import (
 )
 from .command_line import add_pair_options, add_workload_options, load_pair, make_workload, positive_int, writable_file
 from .enabling import disable, enable
+from .pair import PACKAGED
 from .registry import release
 from .streaming import DRAFTED, PLAIN, VerifiedStreamer
 
@@ -109,9 +110,14 @@ def write_json(path: Path, measurement: Measurement) -> None:
     workload = measurement.workload
     figures = {
         **measurement.as_dict(),
-        "models": {"target": workload.target.name_or_path, "draft": workload.draft.name_or_path},
+        "models": {"target": _name(workload.target), "draft": _name(workload.draft)},
         "command": " ".join(["python -m hf_pearl", *sys.argv[1:]]),
         "machine": describe_machine(workload.target.device),
         "versions": describe_versions(),
     }
     path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", "utf-8")
+
+
+def _name(model: PreTrainedModel) -> str:
+    """A model's name or folder; the embedded pair's folder without what lies above the package."""
+    return str(model.name_or_path).removeprefix(f"{PACKAGED.parents[1]}/")
