@@ -25,7 +25,7 @@ class PearlStats:
     accepted_tokens : int
         Of these, the ones that stood.
     wasted_draft_tokens : int
-        Drafted tokens that were dropped, verified or not.
+        Drafted tokens that were not accepted: dropped, or equal to a token that the target had meanwhile chosen itself.
     generated_tokens : int
         Tokens of the answer, all rows together.
     decode_windows : int
