@@ -63,7 +63,6 @@ class PearlEngine:
         self.forward_times = ForwardTimes()
         self.acceptance = Acceptance()
         self._fingerprints: dict[str, object] = {}
-        self._sizes: tuple[int, int] = (0, 0)
 
     def decode(
         self,

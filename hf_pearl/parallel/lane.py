@@ -14,8 +14,6 @@ from ..cache.attention import paged_attention, paged_step, register
 from ..decoding.messages import Window
 from ..errors import PearlOutOfBlocksError
 
-MAX_TOKENS_PER_FORWARD = 4096
-
 
 def output_vocab_size(model: PreTrainedModel) -> int:
     """Entries of the model's logits; a quantised head has no plain weight to read them off."""
