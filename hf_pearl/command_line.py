@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmark import Workload
-from .pair import PROMPTS, default_device, demo_pair_folder, load_model
+from .pair import PACKAGED, PROMPTS, default_device, demo_pair_folder, load_model
 
 Pair = tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -26,11 +26,17 @@ class UsageError(ValueError):
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
     """Which models, and where."""
+    group = add_model_options(parser)
+    group.add_argument("--draft", metavar="MODEL", help="name or folder of the draft (default: the embedded one)")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Which target, and where."""
     group = parser.add_argument_group("models")
     group.add_argument("--target", metavar="MODEL", help="name or folder of the target (default: the embedded one)")
-    group.add_argument("--draft", metavar="MODEL", help="name or folder of the draft (default: the embedded one)")
     group.add_argument("--device", help="such as cpu or cuda:1 (default: a CUDA device if there is one)")
-    group.add_argument("--dtype", choices=DTYPES, help="of both models (default: float32 on a CPU, else bfloat16)")
+    group.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
+    return group
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +111,19 @@ def load_pair(args: argparse.Namespace) -> Pair:
         draft = load_model(draft_name, device, args.dtype)
     _check_vocabulary(tokenizer, draft_name)
     return target, draft, tokenizer
+
+
+def load_target(args: argparse.Namespace) -> tuple[PreTrainedModel, str]:
+    """The target, and its name without what lies above the package.
+
+    Raises
+    ------
+    UsageError
+        A model or a device that cannot be used.
+    """
+    device, name = _device(args.device), _name(args.target, "target")
+    with _reporting(f"--target {name}"):
+        return load_model(name, device, args.dtype), str(name).removeprefix(f"{PACKAGED.parents[1]}/")
 
 
 def load_prompts(args: argparse.Namespace) -> list[str]:

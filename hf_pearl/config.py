@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+MAX_SALT = 1024
 _EXECUTIONS = ("auto", "inline", "threads", "processes")
 
 
 @dataclass(frozen=True)
 class PearlConfig:
-    """Settings of PEARL decoding. None of them changes a token of the output, except `seed`.
+    """Settings of PEARL decoding. None of them changes a token of the output, except `seed` and `cache_dtype`.
 
     Parameters
     ----------
     draft_length : int or "auto"
         An int: lockstep, exactly so many draft steps per target forward (the paper's gamma). "auto": no barrier; how
-        far to draft and when to verify follows from measured times and acceptance.
+        far to draft and when to verify follows from measured times and acceptance. With `overlap`, 1 is plain decoding:
+        the verdict always says what the one token drafted beside it could have said.
     execution : {"auto", "inline", "threads", "processes"}
         How the draft lane runs: in the caller's thread, in a thread, or in a process of its own. "auto" takes what is
         fastest on the devices at hand.
@@ -28,8 +30,13 @@ class PearlConfig:
         "coupled": draft and target sample with shared noise, and a draft token stands iff it is the target's own.
     cache_memory : int, str or "auto"
         Bytes (or "512MiB") that the caches of both lanes may take together.
+    cache_dtype : {"auto", "float8_e4m3fn"}
+        Of cached keys and values: the model's own, or 8 bits with a scale per token and head. That is half the memory
+        of bfloat16, and other answers: every cached value is off by up to 1/16 of itself.
     prefix_cache : bool
         Keep keys and values between calls and find them again by prefix.
+    cache_salt : str
+        Only calls with the same salt find each other's prefixes: how long a call takes tells nothing of other tenants.
     seed : int or None
         Noise of sampled calls; None draws one from torch's default generator, so that `torch.manual_seed` repeats.
 
@@ -46,7 +53,9 @@ class PearlConfig:
     overlap: bool = True
     verification: Literal["coupled", "rejection"] = "coupled"
     cache_memory: int | str = "auto"
+    cache_dtype: Literal["auto", "float8_e4m3fn"] = "auto"
     prefix_cache: bool = True
+    cache_salt: str = ""
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +63,11 @@ class PearlConfig:
             _check_int("draft_length", self.draft_length, 1, 32, 'or "auto"')
         _check_choice("execution", self.execution, _EXECUTIONS)
         _check_choice("verification", self.verification, ("coupled", "rejection"))
+        _check_choice("cache_dtype", self.cache_dtype, ("auto", "float8_e4m3fn"))
+        if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT:
+            raise ValueError(
+                f"`cache_salt` must be a string of at most {MAX_SALT} characters, got {self.cache_salt!r}."
+            )
         if self.verification == "rejection":
             raise NotImplementedError(
                 '`verification="rejection"` is not available yet. Leave out `verification`: the default, "coupled", '
@@ -71,6 +85,11 @@ class PearlConfig:
     def cache_bytes(self) -> int | None:
         """`cache_memory` in bytes; None for "auto"."""
         return None if self.cache_memory == "auto" else parse_bytes(self.cache_memory)
+
+    @property
+    def eight_bit_cache(self) -> bool:
+        """Whether keys and values are kept in 8 bits."""
+        return self.cache_dtype == "float8_e4m3fn"
 
     @classmethod
     def from_argument(cls, pearl: Any) -> PearlConfig | None:

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .cache import PagedPrefixCache
-from .cache.sizing import num_blocks_for
+from .cache.sizing import CacheNeeds, num_blocks_for
 from .cache.support import check_supported
 from .config import PearlConfig
 from .decoding.calibration import Calibration
@@ -33,6 +34,7 @@ from .parallel.cores import leaving_cores
 from .parallel.draft_workers import DraftWorkers, Execution
 from .parallel.inline import InlineDraft
 from .parallel.lane import ModelLane, output_vocab_size
+from .parallel.memory import cache_share
 from .parallel.processes import ProcessDraft
 from .parallel.threads import ThreadDraft
 
@@ -63,6 +65,7 @@ class PearlEngine:
         self.forward_times = ForwardTimes()
         self.acceptance = Acceptance()
         self._fingerprints: dict[str, object] = {}
+        self._shares: dict[tuple[torch.device, int], int] = {}
 
     def decode(
         self,
@@ -88,19 +91,20 @@ class PearlEngine:
         with self.lock:
             started = time.perf_counter()
             self._prepare_caches(target, draft, config)
-            stats = PearlStats()
+            stats = PearlStats(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
+            cache = self.caches["target"]
+            num_evicted = cache.statistics.evicted_blocks
             requests = self._requests(target, prompts, rules, call_seed)
-            target_lane = ModelLane(target, self.caches["target"], config.prefix_cache)
+            target_lane = ModelLane(target, cache, config.prefix_cache, config.cache_salt)
             with target_lane.ready(), self._draft(target_lane, draft, requests, rules, config, stats) as runner:
-                for request in requests:
-                    num_cached = target_lane.admit(request.request_id, request.verified)
-                    stats.prefilled_tokens += request.num_prompt_tokens - num_cached
                 verifier = Verifier(requests, rules, target_lane.device)
                 schedule = self._schedule(runner, config)
                 loop = DecodingLoop(target_lane, requests, verifier, schedule, runner, stats)
                 loop.run()
                 if runner is not None:
                     self._report(runner, loop, stats)
+            stats.evicted_blocks = cache.statistics.evicted_blocks - num_evicted
+            stats.cached_blocks = cache.pool.num_cached
             stats.target_seconds = sum(end - start for start, end in loop.intervals)
             stats.total_seconds = time.perf_counter() - started
             return requests, stats
@@ -154,9 +158,8 @@ class PearlEngine:
         if draft is None:
             yield None
             return
-        stats.execution = execution = self.workers.choose(
-            config, draft, self._fingerprints["draft"], self.caches["draft"].pool.max_blocks
-        )
+        num_blocks = self.caches["draft"].pool.max_blocks
+        stats.execution = execution = self.workers.choose(config, draft, self._fingerprints["draft"], num_blocks)
         vocab_size = output_vocab_size(target_lane.model)
         with leaving_cores(1 if execution == "processes" else 0):
             runner = self._runner(execution, draft, vocab_size, rules, config)
@@ -178,8 +181,8 @@ class PearlEngine:
             )
         free_running = config.draft_length == "auto" and config.overlap
         if execution == "processes" and self.workers.worker is not None:
-            return self.workers.worker.call(vocab_size, processors, pad_token_id, free_running, config.prefix_cache)
-        lane = ModelLane(draft, self.caches["draft"], config.prefix_cache)
+            return self.workers.worker.call(vocab_size, processors, pad_token_id, free_running, config)
+        lane = ModelLane(draft, self.caches["draft"], config.prefix_cache, config.cache_salt)
         proposer = Proposer(vocab_size, processors, pad_token_id)
         drafter = Drafter(lane, proposer, self.calibration, free_running=free_running)
         return InlineDraft(drafter, lane) if execution == "inline" else ThreadDraft(drafter, lane, free_running)
@@ -219,18 +222,28 @@ class PearlEngine:
                 f"The draft lane failed, and the call went on without it: {type(runner.error).__name__}: {runner.error}"
             )
 
+    def _share(self, device: torch.device, models: Sequence[PreTrainedModel]) -> int:
+        """What caches may take on a device: found once, so that it stays the same while they fill."""
+        key = device, len(models)
+        if key not in self._shares:
+            self._shares[key] = cache_share(device, models)
+        return self._shares[key]
+
     def _prepare_caches(self, target: PreTrainedModel, draft: PreTrainedModel | None, config: PearlConfig) -> None:
         """Make the caches that are missing, and clear those whose model has changed since the last call."""
         models = {"target": target} if draft is None else {"target": target, "draft": draft}
         for model in models.values():
             check_supported(model)
-        num_blocks = num_blocks_for(list(models.values()), config.cache_bytes)
+        needs = [CacheNeeds.of(model, config.eight_bit_cache) for model in models.values()]
+        num_blocks = num_blocks_for(
+            needs, config.cache_bytes, lambda device: self._share(device, list(models.values()))
+        )
         for name, model in models.items():
             cache, now = self.caches.get(name), fingerprint(model)
             device = model.get_input_embeddings().weight.device
-            if cache is None or cache.device != device or cache.pool.max_blocks != num_blocks:
-                num_layers = model.config.get_text_config().num_hidden_layers
-                self.caches[name] = PagedPrefixCache(num_layers, num_blocks, device=device)
+            made_for = device, num_blocks, config.eight_bit_cache
+            if cache is None or (cache.device, cache.pool.max_blocks, cache.eight_bit) != made_for:
+                self.caches[name] = PagedPrefixCache(model.config, num_blocks, eight_bit=made_for[2], device=device)
             elif now != self._fingerprints.get(name):
                 cache.reset_pools()
             self._fingerprints[name] = now

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from models import enabled_for_tiny_models
+from models import enabled_for_tiny_models, tiny_model
+from transformers import LlamaConfig
 
 from hf_pearl import PagedPrefixCache, PearlOutOfBlocksError
-from hf_pearl.cache import PagedSequence, paged_prefix_cache
+from hf_pearl.cache import PagedSequence
+from hf_pearl.cache.block_pool import BlockPool
 from hf_pearl.cache.prefix_index import PrefixIndex
+from hf_pearl.cache.step import Attention, PagedStep, as_numbers
+from hf_pearl.decoding.messages import Window
+from hf_pearl.parallel.lane import ModelLane
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 2, 4, 2, 2
 BLOCK_SIZE = 2
+SALTS = ("", "another tenant")
 SCALING = 0.5
 
 # Few tokens, so that prefixes are often shared.
@@ -32,14 +40,16 @@ def enabled() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def _state(tokens: tuple[int, ...], layer: int, name: str) -> torch.Tensor:
+    num_heads = NUM_HEADS if name == "query" else NUM_KV_HEADS
+    digest = hashlib.blake2b(f"{name} {layer} {list(tokens)}".encode(), digest_size=num_heads * HEAD_DIM)
+    return (torch.tensor(list(digest.digest()), dtype=torch.float64) / 128 - 1).reshape(num_heads, HEAD_DIM)
+
+
 def states_of(tokens: Sequence[int], layer: int, name: str) -> torch.Tensor:
     """Made-up queries, keys or values `(len(tokens), heads, D)`; as in a model, each depends on all tokens up to it."""
-    num_heads = NUM_HEADS if name == "query" else NUM_KV_HEADS
-    rows = []
-    for end in range(1, len(tokens) + 1):
-        digest = hashlib.blake2b(f"{name} {layer} {list(tokens[:end])}".encode(), digest_size=num_heads * HEAD_DIM)
-        rows.append(torch.tensor(list(digest.digest()), dtype=torch.float64) / 128 - 1)
-    return torch.stack(rows).reshape(len(tokens), num_heads, HEAD_DIM)
+    return torch.stack([_state(tuple(tokens[:end]), layer, name) for end in range(1, len(tokens) + 1)])
 
 
 def plain_attention(tokens: Sequence[int], num_queries: int, layer: int, window: int | None) -> torch.Tensor:
@@ -56,52 +66,80 @@ def plain_attention(tokens: Sequence[int], num_queries: int, layer: int, window:
 
 @dataclass(eq=False)
 class Tracked:
-    """A sequence in use: what the cache should hold of it, and from where on it is its own."""
+    """A sequence in use, and what the cache should hold of it."""
 
     paged: PagedSequence
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
-    num_kept: int = 0  # positions that others may find, or that it found itself: no rollback goes behind them
+
+
+def new_cache(max_blocks: int = 64, num_layers: int = NUM_LAYERS, **options: Any) -> PagedPrefixCache:
+    config = LlamaConfig(num_hidden_layers=num_layers, num_attention_heads=NUM_HEADS)
+    return PagedPrefixCache(config, max_blocks, **{"block_size": BLOCK_SIZE, **options})
 
 
 def compute(cache: PagedPrefixCache, sequences: Sequence[Tracked], num_new: Sequence[int], window: int | None) -> None:
     """One ragged step over the last `num_new` tokens of every sequence, compared with plain attention."""
+    for each, num in zip(sequences, num_new, strict=True):
+        assert_may_write(cache, each.paged, each.paged.length - num)
     step = cache.begin_step([each.paged for each in sequences], num_new)
     for layer in range(NUM_LAYERS):
         packed = []
         for name in ("query", "key", "value"):
             rows = [states_of(each.tokens, layer, name)[-num:] for each, num in zip(sequences, num_new, strict=True)]
             packed.append(torch.cat(rows).transpose(0, 1)[None])  # (1, heads, T, D)
-        output = step.attend(layer, *packed, scaling=SCALING, sliding_window=window)
+        output = step.attend(layer, *packed, Attention(SCALING, window))
         expected = [
             plain_attention(each.tokens, num, layer, window) for each, num in zip(sequences, num_new, strict=True)
         ]
         torch.testing.assert_close(output[0], torch.cat(expected), rtol=1e-9, atol=1e-12)
 
 
+def assert_may_write(cache: PagedPrefixCache, sequence: PagedSequence, start: int) -> None:
+    """Nobody else names the blocks from position `start` on, and nobody may find what lies there."""
+    for place in range(start // cache.block_size, len(sequence.block_table)):
+        block = sequence.block_table[place]
+        assert cache.pool.count(block) == 1
+        entry = cache.index.entry(block)
+        assert entry is None or place * cache.block_size + len(entry.token_ids) <= start
+
+
+def assert_holds(cache: PagedPrefixCache, each: Tracked) -> None:
+    """Every layer holds exactly the keys and values of the sequence's tokens."""
+    assert each.paged.length == len(each.tokens)
+    slots = each.paged.slots(cache.block_size, 0, each.paged.length)
+    for layer in range(NUM_LAYERS if each.tokens else 0):
+        for held, name in zip(cache.layers[layer].read(slots), ("key", "value"), strict=True):
+            assert torch.equal(held[0].transpose(0, 1), states_of(each.tokens, layer, name))
+
+
 class CacheMachine(RuleBasedStateMachine):
-    """Random calls of `PagedPrefixCache`, as lanes make them."""
+    """Random calls of `PagedPrefixCache`, against sequences kept as plain tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(paged_prefix_cache, "INITIAL_BLOCKS", 2)  # so that the pools grow
         self.sequences: list[Tracked] = []
-        self.verified: set[tuple[int, ...]] = set()
+        self.verified: dict[str, set[tuple[int, ...]]] = {salt: {()} for salt in SALTS}
 
-    @initialize(max_blocks=st.integers(3, 24))
-    def make(self, max_blocks: int) -> None:
-        self.cache = PagedPrefixCache(NUM_LAYERS, max_blocks, BLOCK_SIZE)
+    @initialize(
+        max_blocks=st.integers(3, 24), initial_blocks=st.sampled_from([2, 64]), block_size=st.sampled_from([2, 4])
+    )
+    def make(self, max_blocks: int, initial_blocks: int, block_size: int) -> None:
+        self.cache = new_cache(max_blocks, block_size=block_size)
+        self.cache.pool = BlockPool(min(initial_blocks, max_blocks), max_blocks)  # so that the pools grow
 
-    @rule(prompt=prompts)
-    def allocate(self, prompt: list[int]) -> None:
-        """Only whole blocks of what somebody has verified are found, and never the last token."""
-        paged = self.cache.allocate(prompt)
-        assert paged.length % BLOCK_SIZE == 0
+    @rule(prompt=prompts, salt=st.sampled_from(SALTS), expected=st.sampled_from([0, 8, 40]))
+    def allocate(self, prompt: list[int], salt: str, expected: int) -> None:
+        """Only what somebody has verified under this salt is found, and never the last token."""
+        before = self.cache.statistics.hit_tokens
+        paged = self.cache.allocate(prompt, salt, expected)
         assert paged.length < len(prompt)
         found = prompt[: paged.length]
-        assert not found or tuple(found) in self.verified
-        self.sequences.append(Tracked(paged, prompt, found, len(found)))
+        assert tuple(found) in self.verified[salt]
+        assert self.cache.statistics.hit_tokens == before + len(found)
+        self.sequences.append(Tracked(paged, prompt, found))
+        assert_holds(self.cache, self.sequences[-1])
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), window=st.sampled_from([None, None, 1, 3]))
@@ -112,14 +150,17 @@ class CacheMachine(RuleBasedStateMachine):
         for each in chosen:
             new = each.prompt[len(each.tokens) :] or data.draw(continuations)
             before = list(each.paged.block_table), each.paged.length
+            available = self.cache.pool.num_available
             try:
                 self.cache.append(each.paged, len(new))
             except PearlOutOfBlocksError:
                 assert (each.paged.block_table, each.paged.length) == before
-                needed = -(-(len(each.tokens) + len(new)) // BLOCK_SIZE) - len(before[0])
-                assert needed > self.cache.pool.num_free + self.cache.pool.num_cached
+                is_copied = len(each.tokens) % self.cache.block_size != 0
+                assert (
+                    -(-(len(each.tokens) + len(new)) // self.cache.block_size) - len(before[0]) + is_copied > available
+                )
                 continue
-            each.tokens += new
+            each.tokens = each.tokens + new
             num_new.append(len(new))
             ready.append(each)
         if ready:
@@ -127,24 +168,33 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        """A fork takes no block."""
+        each = data.draw(st.sampled_from(self.sequences))
+        referenced = self.cache.pool.num_referenced
+        self.sequences.append(Tracked(self.cache.fork(each.paged), each.tokens[:], each.tokens[:]))
+        assert self.cache.pool.num_referenced == referenced
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
     def rollback(self, data: st.DataObject) -> None:
         each = data.draw(st.sampled_from(self.sequences))
-        length = data.draw(st.integers(each.num_kept, len(each.tokens)))
+        length = data.draw(st.integers(0, len(each.tokens)))
         self.cache.rollback(each.paged, length)
-        del each.tokens[length:]
+        each.tokens = each.tokens[:length]
         each.prompt = each.tokens[:]
+
+    def _verify(self, each: Tracked, num_verified: int) -> None:
+        beyond = [0] if num_verified == len(each.tokens) else []
+        self.cache.insert_prefix(each.paged, each.tokens[:num_verified] + beyond)
+        self.verified[each.paged.salt].update(tuple(each.tokens[:end]) for end in range(num_verified + 1))
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
     def insert_prefix(self, data: st.DataObject) -> None:
         """Verified tokens become findable; sometimes more are given than are in the cache."""
         each = data.draw(st.sampled_from(self.sequences))
-        num_verified = data.draw(st.integers(0, len(each.tokens)))
-        beyond = [0] if num_verified == len(each.tokens) else []
-        self.cache.insert_prefix(each.paged, each.tokens[:num_verified] + beyond)
-        ends = range(BLOCK_SIZE, num_verified + 1, BLOCK_SIZE)
-        self.verified.update(tuple(each.tokens[:end]) for end in ends)
-        each.num_kept = max(each.num_kept, num_verified // BLOCK_SIZE * BLOCK_SIZE)
+        self._verify(each, data.draw(st.integers(0, len(each.tokens))))
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -157,11 +207,9 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
-        """What a lane does at the end of a request."""
+        """What a lane does at the end of a request: all of it can then be found again."""
         each = data.draw(st.sampled_from(self.sequences))
-        assume(len(each.tokens) >= BLOCK_SIZE)
-        self.cache.insert_prefix(each.paged, each.tokens)
-        self.verified.update(tuple(each.tokens[:end]) for end in range(BLOCK_SIZE, len(each.tokens) + 1, BLOCK_SIZE))
+        self._verify(each, len(each.tokens))
         self.sequences.remove(each)
         self.cache.free(each.paged)
 
@@ -169,8 +217,13 @@ class CacheMachine(RuleBasedStateMachine):
     def clear(self, chance: int) -> None:
         if not chance:
             self.cache.clear()
-            self.verified.clear()
+            self.verified = {salt: {()} for salt in SALTS}
             assert self.cache.pool.num_cached == len(self.cache.index) == 0
+
+    @invariant()
+    def every_sequence_holds_its_tokens(self) -> None:
+        for each in self.sequences:
+            assert_holds(self.cache, each)
 
     @invariant()
     def books_balance(self) -> None:
@@ -183,16 +236,20 @@ class CacheMachine(RuleBasedStateMachine):
         assert pool.num_referenced == len(named)
         assert pool.num_free + pool.num_cached + pool.num_referenced == pool.num_blocks <= pool.max_blocks
         for each in self.sequences:
-            assert each.paged.length == len(each.tokens)
-            assert len(each.paged.block_table) == -(-len(each.tokens) // BLOCK_SIZE)
+            assert len(each.paged.block_table) == -(-len(each.tokens) // self.cache.block_size)
 
     @invariant()
-    def index_holds_no_free_block(self) -> None:
-        if hasattr(self, "cache"):
-            for block in range(self.cache.pool.num_blocks):
-                is_free = block in self.cache.pool._free
-                assert not (is_free and block in self.cache.index)
-                assert block in self.cache.index or block not in self.cache.pool._cached
+    def the_index_is_a_tree_of_blocks_that_hold_something(self) -> None:
+        """No free block is indexed, every cached one is, and nothing hangs on a block that is gone."""
+        if not hasattr(self, "cache"):
+            return
+        pool, index = self.cache.pool, self.cache.index
+        entries = [index.entry(block) for block in range(pool.num_blocks)]
+        numbers = {entry.number for entry in entries if entry}
+        for block, entry in enumerate(entries):
+            assert not (pool.is_free(block) and entry)
+            assert entry or not pool.is_cached(block)
+            assert entry is None or entry.parent in numbers or entry.parent in SALTS
 
     def teardown(self) -> None:
         self.patch.undo()
@@ -259,18 +316,18 @@ A, B = [0, 1, 0, 0, 1, 1, 0, 1], [1, 1, 0, 1, 0, 0, 1, 0]
 
 
 def test_the_longest_prefix_is_found_but_never_the_last_token() -> None:
-    cache = PagedPrefixCache(NUM_LAYERS, 64, BLOCK_SIZE)
+    cache = new_cache()
     finish(cache, computed(cache, A))
     assert num_found(cache, [*A, 0]) == 8
-    assert num_found(cache, A) == 6  # its last token's logits are needed
+    assert num_found(cache, A) == 7  # its last token's logits are needed
     assert num_found(cache, A[:7]) == 6
-    assert num_found(cache, A[:6]) == num_found(cache, [*A[:5], 0, *A[6:]]) == 4
+    assert num_found(cache, A[:6]) == num_found(cache, [*A[:5], 0, *A[6:]]) == 5  # a part of a block
     assert num_found(cache, A[:1]) == num_found(cache, []) == num_found(cache, B) == 0
     cache.check_integrity([])
 
 
 def test_two_requests_with_one_prompt_in_one_step_share_its_first_copy() -> None:
-    cache = PagedPrefixCache(NUM_LAYERS, 64, BLOCK_SIZE)
+    cache = new_cache()
     pair = [Tracked(cache.allocate(A), A) for _ in range(2)]
     for each in pair:
         cache.append(each.paged, len(A))
@@ -287,7 +344,7 @@ def test_two_requests_with_one_prompt_in_one_step_share_its_first_copy() -> None
 
 
 def test_a_shared_block_is_counted_by_everyone_who_reads_it() -> None:
-    cache = PagedPrefixCache(NUM_LAYERS, 64, BLOCK_SIZE)
+    cache = new_cache()
     finish(cache, computed(cache, A))
     readers = [computed(cache, [*A[:4], 1 - A[4], number, 0]) for number in range(3)]
     shared = readers[0].paged.block_table[:2]
@@ -295,32 +352,97 @@ def test_a_shared_block_is_counted_by_everyone_who_reads_it() -> None:
     for number, reader in enumerate(readers):
         assert [cache.pool.count(block) for block in shared] == [3 - number] * 2
         cache.free(reader.paged)
-    assert num_found(cache, A) == 6
+    assert num_found(cache, A) == 7
+
+
+def test_salts_share_nothing() -> None:
+    cache = new_cache()
+    each = Tracked(cache.allocate(A, "one"), A)
+    cache.append(each.paged, len(A))
+    each.tokens = list(A)
+    compute(cache, [each], [len(A)], None)
+    finish(cache, each)
+    assert [cache.allocate([*A, 0], salt).length for salt in ("one", "two", "")] == [8, 0, 0]
+
+
+def test_a_fork_goes_its_own_way_after_one_copied_block() -> None:
+    cache = new_cache()
+    first = computed(cache, A[:5])
+    second = Tracked(cache.fork(first.paged), A, A[:5])
+    table = list(first.paged.block_table)
+    assert second.paged.block_table == table
+    for each, token in ((first, 0), (second, 1)):
+        cache.append(each.paged, 1)
+        each.tokens = [*A[:5], token]
+        compute(cache, [each], [1], None)
+    assert (first.paged.block_table[:2], second.paged.block_table) == (table[:2], table)
+    assert first.paged.block_table[2] != table[2]
+    assert cache.statistics.copied_blocks == 1
+    for each in (first, second):
+        assert_holds(cache, each)
+
+
+def test_a_partly_filled_last_block_is_used_again_in_place_or_copied() -> None:
+    cache = new_cache(block_size=8)
+    finish(cache, computed(cache, A[:6]))
+    first = cache.allocate([*A[:6], 1, 1])  # nobody else has it: no copy
+    second = cache.allocate([*A[:6], 0, 0])
+    third = cache.allocate([*A[:3], 1 - A[3], 0])
+    assert [each.length for each in (first, second, third)] == [6, 6, 3]
+    assert len({each.block_table[0] for each in (first, second, third)}) == 3
+    assert cache.statistics.copied_blocks == 2
+    assert (cache.statistics.hit_tokens, cache.statistics.queried_tokens) == (15, 6 + 8 + 8 + 5)
+
+
+def test_a_longer_prefix_takes_the_place_of_its_part() -> None:
+    cache = new_cache(block_size=8)
+    for length in (3, 5, 7):
+        each = Tracked(cache.allocate(), A)
+        cache.append(each.paged, length)
+        each.tokens = A[:length]
+        compute(cache, [each], [length], None)
+        finish(cache, each)
+    assert (cache.pool.num_cached, len(cache.index)) == (1, 1)
+    assert num_found(cache, A) == 7
+
+
+def test_sequences_that_grow_side_by_side_stay_in_one_run() -> None:
+    cache = new_cache(64)
+    sequences = [cache.allocate(expected_length=40) for _ in range(3)]
+    for _ in range(10):
+        for sequence in sequences:
+            cache.append(sequence, 4)
+    assert all(isinstance(sequence.slots(BLOCK_SIZE, 0, 40), slice) for sequence in sequences)
+
+
+def test_a_prompt_that_never_fits_is_told_so_at_once() -> None:
+    with pytest.raises(PearlOutOfBlocksError, match=r"17 tokens needs 9 blocks .* at most 8.*cache_memory"):
+        new_cache(8).check_fits(17)
 
 
 def test_a_recycled_block_is_not_found_under_its_old_tokens() -> None:
-    cache = PagedPrefixCache(NUM_LAYERS, 4, BLOCK_SIZE)
+    cache = new_cache(4)
     finish(cache, computed(cache, A))
     blocks_of_b = computed(cache, B)  # evicts all of A
     assert num_found(cache, A) == 0
     finish(cache, blocks_of_b)
-    assert (num_found(cache, A), num_found(cache, B)) == (0, 6)
+    assert (num_found(cache, A), num_found(cache, B)) == (0, 6)  # no block is left for a copy
     with pytest.raises(PearlOutOfBlocksError, match="paged cache is full"):
         cache.append(cache.allocate(), 9)
 
 
 def test_the_least_recently_used_prefix_is_evicted_first_and_from_its_end() -> None:
-    cache = PagedPrefixCache(NUM_LAYERS, 8, BLOCK_SIZE)
+    cache = new_cache(8)
     finish(cache, computed(cache, A))
     finish(cache, computed(cache, B))
-    assert num_found(cache, A) == 6  # used again
+    assert num_found(cache, A[:7]) == 6  # used again
     cache.append(cache.allocate(), 3 * BLOCK_SIZE)
     assert (num_found(cache, [*A, 0]), num_found(cache, [*B, 0])) == (6, 4)
 
 
 def test_a_colliding_prefix_is_neither_served_nor_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrefixIndex, "_digest", lambda index, parent, payload: b"always the same")
-    cache = PagedPrefixCache(NUM_LAYERS, 64, BLOCK_SIZE)
+    cache = new_cache()
     finish(cache, computed(cache, A))
     finish(cache, computed(cache, B))
     assert (num_found(cache, A), num_found(cache, B)) == (2, 0)
@@ -330,7 +452,7 @@ def test_a_colliding_prefix_is_neither_served_nor_overwritten(monkeypatch: pytes
 def test_what_hangs_on_an_evicted_block_is_not_found_behind_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Digests of the first blocks collide; A's first block goes, B's takes its place, A's second would fit behind."""
     monkeypatch.setattr(PrefixIndex, "_digest", lambda index, parent, payload: bytes([parent[0] + 1 if parent else 0]))
-    cache = PagedPrefixCache(NUM_LAYERS, 64, BLOCK_SIZE)
+    cache = new_cache()
     finish(cache, computed(cache, A[:4]))
     first = cache.allocate(A).block_table[0]
     cache.index.forget(first)
@@ -340,27 +462,60 @@ def test_what_hangs_on_an_evicted_block_is_not_found_behind_another_one(monkeypa
 
 def test_a_sequences_nan_does_not_reach_another_one() -> None:
     """Rows of a step are padded to one length, and a masked key still counts 0 times its value."""
-    cache = PagedPrefixCache(1, 64, BLOCK_SIZE)
+    cache = new_cache(num_layers=1)
     sequences = [cache.allocate(), cache.allocate()]
     for sequence, length in zip(sequences, (5, 3), strict=True):
         cache.append(sequence, length)
     step = cache.begin_step(sequences, [5, 3])
     query, key = torch.randn(1, 1, 8, 2), torch.randn(1, 1, 8, 2)
     key[:, :, :5] = torch.nan
-    output = step.attend(0, query, key, key, scaling=1.0)
+    output = step.attend(0, query, key, key, Attention(1.0))
     assert output[0, :5].isnan().all()
     assert output[0, 5:].isfinite().all()
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 1e300])
+def test_what_lies_behind_a_short_row_changes_nothing(poison: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows at equal distances are read as one view, in which short ones end in foreign keys and values."""
+    model = tiny_model("llama", 3)
+    lane = ModelLane(model, PagedPrefixCache(model.config, 64, 4))
+    rows = {0: 40, 1: 25, 2: 31}
+    num_by_row = 0
+
+    def counted(step: PagedStep) -> None:
+        nonlocal num_by_row
+        num_by_row += 1
+        read_by_row(step)
+
+    read_by_row = PagedStep.read_by_row
+    monkeypatch.setattr(PagedStep, "read_by_row", counted)
+    with lane.ready():
+        for row, length in rows.items():
+            lane.admit(row, (), 80)
+            lane.forward([Window(row, tuple(range(1, length + 1)), 1)])
+        windows = [Window(row, (5, 6), 2) for row in rows]
+        clean = lane.forward(windows)
+        assert num_by_row == 0
+        for row, length in rows.items():
+            lane.rollback(row, length)
+        held = torch.cat([as_numbers(lane._sequences[row].slots(4, 0, length)) for row, length in rows.items()])
+        foreign = torch.ones(lane.cache.num_slots, dtype=torch.bool).index_fill(0, held, False)
+        for layer in lane.cache.layers:
+            for pool in layer.pools:
+                pool.data[:, :, foreign] = poison
+        assert torch.equal(lane.forward(windows), clean)
+    assert num_by_row == (not abs(poison) < torch.inf)
 
 
 @pytest.mark.parametrize("block_size", [0, 3, -2])
 def test_a_block_size_that_is_no_power_of_two_is_refused(block_size: int) -> None:
     with pytest.raises(ValueError, match="power of two"):
-        PagedPrefixCache(1, 8, block_size)
+        new_cache(8, block_size=block_size)
 
 
 @pytest.mark.parametrize("length", [-1, 5])
 def test_a_rollback_beyond_the_sequence_is_refused(length: int) -> None:
-    cache = PagedPrefixCache(1, 8, BLOCK_SIZE)
+    cache = new_cache(8, 1)
     sequence = cache.allocate()
     cache.append(sequence, 4)
     with pytest.raises(ValueError, match="between 0 and 4"):

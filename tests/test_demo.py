@@ -201,11 +201,21 @@ def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "COMMAND" in capsys.readouterr().err
 
 
+def hear_interrupts() -> None:
+    """A background job of a shell is started deaf to SIGINT, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to one process")
 def test_an_interrupt_ends_it_in_one_line(folders: Folders) -> None:
     command = [sys.executable, "-m", "hf_pearl", *folders.options("--prompt", PROMPT, "--runs", "100000")]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        preexec_fn=hear_interrupts,
     ) as process:
         try:
             assert process.stdout is not None

@@ -204,7 +204,7 @@ def test_release_gives_the_pools_back(execution: str) -> None:
     before = take_stock()
     pearl_answer(pair, execution)
     caches = engine_for(*pair).caches.values()
-    pools = [weakref.ref(each) for cache in caches for pools in cache._pools if pools for each in pools]
+    pools = [weakref.ref(each) for cache in caches for layer in cache.layers if layer.pools for each in layer.pools]
     assert len(pools) == 2 * (1 + (execution != "processes"))  # keys and values of one layer
     del caches
     hf_pearl.release(pair[1])
@@ -364,7 +364,7 @@ def test_a_forward_during_which_the_attention_is_switched_is_right(switches_to: 
     """What a forward of another thread sees if a call begins or ends in the middle of it."""
     target = tiny_model("llama", 5, num_hidden_layers=4)
     target.set_attn_implementation(attention)
-    ModelLane(target, PagedPrefixCache(4, 8))  # makes the paged attention known
+    ModelLane(target, PagedPrefixCache(target.config, 8))  # makes the paged attention known
     alone, scope = target(PROMPT["input_ids"]).logits, paged_attention(target)
     if switches_to == "original":
         scope.__enter__()

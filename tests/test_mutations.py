@@ -18,9 +18,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 import hf_pearl
 from hf_pearl import PagedPrefixCache, PearlConfig, engine
-from hf_pearl.cache import PagedSequence
+from hf_pearl.cache import PagedSequence, sdpa
 from hf_pearl.cache.prefix_index import PrefixIndex
-from hf_pearl.cache.step import PagedStep
+from hf_pearl.cache.step import PagedStep, as_numbers
 from hf_pearl.decoding import schedule
 from hf_pearl.decoding.messages import Line, Window
 from hf_pearl.decoding.noise import NoiseSource, gumbel_noise, request_seed
@@ -136,8 +136,8 @@ def check_only_verified_tokens_are_indexed() -> None:
         options = {"do_sample": False, "max_new_tokens": 40, "assistant_model": draft}
         verified = target.generate(**inputs, **options, pearl=LOCKSTEP)[0].tolist()
         for cache in engine_for(target, draft).caches.values():
-            entries = {entry.number: entry for entry in cache.index._blocks.values()}
-            assert len(entries) == len(verified) // cache.block_size
+            entries = {entry.number: entry for entry in cache.index._by_block.values()}
+            assert len(entries) > len(verified) // cache.block_size  # and a partly filled one
             for entry in entries.values():
                 tokens = list(entry.token_ids)
                 while entry.parent:
@@ -147,7 +147,7 @@ def check_only_verified_tokens_are_indexed() -> None:
 
 
 def check_a_shared_block_outlives_a_rollback() -> None:
-    cache = PagedPrefixCache(1, 8, block_size=2)
+    cache = PagedPrefixCache(tiny_model("llama", 1).config, 8, block_size=2)
     first = cache.allocate()
     cache.append(first, 4)
     cache.insert_prefix(first, [1, 2, 3, 4])
@@ -228,34 +228,32 @@ def same_noise_for_two_rows(patch: pytest.MonkeyPatch) -> None:
 
 def leave_a_stale_key(patch: pytest.MonkeyPatch) -> None:
     """The first key that is written after a rollback goes to a slot that nobody reads."""
-    rollback, begin_step = PagedPrefixCache.rollback, PagedPrefixCache.begin_step
+    rollback, write_slots = PagedPrefixCache.rollback, PagedStep._write_slots
 
     def buggy_rollback(cache: PagedPrefixCache, sequence: Any, length: int) -> None:
         sequence.is_stale = length < sequence.length
         rollback(cache, sequence, length)
 
-    def buggy_begin_step(cache: PagedPrefixCache, sequences: Sequence[Any], num_new: Sequence[int]) -> PagedStep:
-        step, row = begin_step(cache, sequences, num_new), 0
-        if isinstance(step._write, slice):
-            step._write = torch.arange(step._write.start, step._write.stop)
-        for sequence, num in zip(sequences, num_new, strict=True):
+    def buggy_write_slots(step: Any, device: torch.device) -> torch.Tensor:
+        slots, row = as_numbers(write_slots(step, device)), 0
+        for sequence, num in zip(step.sequences, step.num_new, strict=True):
             if getattr(sequence, "is_stale", False):
-                step._write[row] = cache.pool.num_blocks * cache.block_size - 1
+                slots[row] = step.cache.num_slots - 1
             sequence.is_stale = False
             row += num
-        return step
+        return slots
 
     patch.setattr(PagedPrefixCache, "rollback", buggy_rollback)
-    patch.setattr(PagedPrefixCache, "begin_step", buggy_begin_step)
+    patch.setattr(PagedStep, "_write_slots", buggy_write_slots)
 
 
 def free_a_shared_block(patch: pytest.MonkeyPatch) -> None:
     def buggy_rollback(cache: PagedPrefixCache, sequence: PagedSequence, length: int) -> None:
         sequence.length = length
         while len(sequence.block_table) * cache.block_size > length:
-            block = sequence.block_table.pop()
+            block = sequence.pop()
             cache.pool._counts[block] = 0
-            cache.pool._free.add(block)
+            cache.pool._free.add(block, block + 1)
 
     patch.setattr(PagedPrefixCache, "rollback", buggy_rollback)
 
@@ -268,8 +266,8 @@ def index_draft_tokens(patch: pytest.MonkeyPatch) -> None:
     admit, forward = ModelLane.admit, ModelLane.forward
     tokens: dict[tuple[int, int], list[int]] = {}
 
-    def buggy_admit(lane: ModelLane, request_id: int, token_ids: Sequence[int]) -> int:
-        num_cached = admit(lane, request_id, token_ids)
+    def buggy_admit(lane: ModelLane, request_id: int, token_ids: Sequence[int], max_length: int) -> int:
+        num_cached = admit(lane, request_id, token_ids, max_length)
         tokens[id(lane), request_id] = list(token_ids[:num_cached])
         return num_cached
 
@@ -292,16 +290,15 @@ def ignore_end_of_text_inside_a_stretch(patch: pytest.MonkeyPatch) -> None:
 
 
 def read_padding(patch: pytest.MonkeyPatch) -> None:
-    make_mask = PagedStep._make_mask
+    padded_batch = sdpa.padded_batch
 
-    def buggy_make_mask(step: PagedStep, sliding_window: int | None) -> torch.Tensor | None:
-        mask = make_mask(step, sliding_window)
-        if mask is not None:
-            for row, span in enumerate(step.spans):
-                mask[row, :, :, span.length :] = True
-        return mask
+    def buggy_padded_batch(spans: Sequence[Any], *arguments: Any) -> sdpa.PaddedBatch:
+        batch = padded_batch(spans, *arguments)
+        for row, span in enumerate(spans):
+            batch.mask[row, :, :, span.num_keys :] = 0.0
+        return batch
 
-    patch.setattr(PagedStep, "_make_mask", buggy_make_mask)
+    patch.setattr(sdpa, "padded_batch", buggy_padded_batch)
 
 
 def use_lines_from_before_a_rollback(patch: pytest.MonkeyPatch) -> None:

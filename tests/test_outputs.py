@@ -208,7 +208,7 @@ def test_the_statistics_add_up(overlap: bool, execution: str, target: PreTrained
         do_sample=False,
         max_new_tokens=40,
         assistant_model=draft,
-        pearl=PearlConfig(execution=execution, draft_length=4, overlap=overlap),
+        pearl=PearlConfig(execution=execution, draft_length=4, overlap=overlap, prefix_cache=False),
         return_dict_in_generate=True,
     ).pearl
     assert stats.execution == execution

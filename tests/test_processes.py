@@ -531,7 +531,7 @@ def test_an_exception_in_a_call_leaves_the_next_one_right(
 
 
 def test_a_call_begins_while_the_worker_starts() -> None:
-    worker = DraftWorker(tiny_model("llama", 8), 256)
+    worker = DraftWorker(tiny_model("llama", 8), 512)
     try:
         call = worker.call(64, LogitsProcessorList(), 0, True)
         for request_id in range(shared_memory.NUM_SLOTS + 5):  # more than can be drafted

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -21,9 +21,7 @@ from ..compat import (
     eager_attention,
     set_attention_implementation,
 )
-
-if TYPE_CHECKING:
-    from .step import PagedStep
+from .step import Attention, PagedStep
 
 ATTENTION_NAME = "hf_pearl_paged"
 
@@ -92,17 +90,13 @@ def _paged_attention_forward(
     step = _current.step
     if step is None:
         return _original_attention(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    output = step.attend(
-        module.layer_idx,
-        query,
-        key,
-        value,
+    attention = Attention(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         sliding_window=kwargs.get("sliding_window"),
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
-    return output, None
+    return step.attend(module.layer_idx, query, key, value, attention), None
 
 
 def _original_implementation(config: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from ..errors import PearlOutOfBlocksError
+from .free_runs import FreeRuns
 
 
 class BlockPool:
@@ -25,7 +26,7 @@ class BlockPool:
         self.num_blocks = 0
         self.max_blocks = max_blocks
         self._counts: list[int] = []
-        self._free: set[int] = set()
+        self._free = FreeRuns()
         self._cached: OrderedDict[int, None] = OrderedDict()
         self.grow(num_blocks)
 
@@ -44,73 +45,76 @@ class BlockPool:
         """Blocks that at least one block table names."""
         return self.num_blocks - len(self._free) - len(self._cached)
 
+    @property
+    def num_available(self) -> int:
+        """Blocks that could be had: free, cached, and not yet made."""
+        return self.max_blocks - self.num_referenced
+
     def count(self, block: int) -> int:
         """How many block tables name `block`."""
         return self._counts[block]
 
+    def is_cached(self, block: int) -> bool:
+        """Whether `block` is unreferenced and kept for the prefix index."""
+        return block in self._cached
+
+    def is_free(self, block: int) -> bool:
+        """Whether `block` holds nothing."""
+        return block in self._free
+
     def grow(self, num_blocks: int) -> None:
         """Have `num_blocks` blocks in all; the new ones are free."""
-        self._free.update(range(self.num_blocks, num_blocks))
+        self._free.add(self.num_blocks, num_blocks)
         self._counts.extend([0] * (num_blocks - self.num_blocks))
         self.num_blocks = max(self.num_blocks, num_blocks)
 
-    def take(self, after: int | None) -> int | None:
-        """Reference a free block, the one next to `after` if possible, so that a sequence lies in one run.
+    def take(self, after: int | None, expected: int = 0) -> int | None:
+        """Reference a free block, the one next to `after` if possible; see `FreeRuns.take`.
 
         Returns None where no block is free: the caller grows the pool or evicts a cached block.
         """
-        if not self._free:
-            return None
-        block = after + 1 if after is not None and after + 1 in self._free else self._start_of_a_run(after)
-        self._free.remove(block)
-        self._counts[block] = 1
+        block = self._free.take(after, expected)
+        if block is not None:
+            self._counts[block] = 1
         return block
-
-    def _start_of_a_run(self, after: int | None) -> int:
-        """The lowest free block; for a sequence that was cut off, the start of the longest free run."""
-        if after is None and len(self._free) == self.num_blocks:
-            return 0
-        best, best_length, start, previous = -1, 0, -1, -2
-        for block in sorted(self._free):
-            if block != previous + 1:
-                start = block
-            if block - start + 1 > best_length:
-                best, best_length = start, block - start + 1
-            previous = block
-        # A new sequence begins in the middle of a long run that another sequence is growing into.
-        grows_into = best > 0 and self._counts[best - 1] > 0 and best_length >= 4
-        return best + best_length // 2 if grows_into else best
 
     def reference(self, block: int) -> None:
         """One more block table names `block`, referenced or cached."""
         self._cached.pop(block, None)
         self._counts[block] += 1
 
-    def release(self, block: int, keep: bool) -> bool:
-        """One block table less names `block`; returns whether it was the last. `keep`: it stays cached, not free."""
+    def release(self, block: int, keep: bool) -> None:
+        """One block table less names `block`. `keep`: if it was the last, the block stays cached, not free."""
         self._counts[block] -= 1
         if self._counts[block]:
-            return False
+            return
+        self._free.forget_expectation(block)
         if keep:
             self._cached[block] = None
         else:
-            self._free.add(block)
-        return True
+            self._free.add(block, block + 1)
+
+    def drop(self, block: int) -> None:
+        """Make a cached block free; a referenced one stays what it is."""
+        if block in self._cached:
+            del self._cached[block]
+            self._free.add(block, block + 1)
 
     def evict(self) -> int | None:
-        """Make the least recently used cached block free and name it, so that the index forgets it too."""
+        """Make the least recently used cached block free and name it, so that the index forgets it too.
+
+        A block is released after those behind it, and used whenever they are: it is evicted after them.
+        """
         if not self._cached:
             return None
         block, _ = self._cached.popitem(last=False)
-        self._free.add(block)
+        self._free.add(block, block + 1)
         return block
 
-    def evict_all(self) -> list[int]:
+    def evict_all(self) -> None:
         """Make every cached block free."""
-        blocks = list(self._cached)
-        self._cached.clear()
-        self._free.update(blocks)
-        return blocks
+        while self.evict() is not None:
+            pass
 
     def out_of_blocks(self, num_needed: int) -> PearlOutOfBlocksError:
         """The error that says what was needed, what there is, and what to change."""

@@ -2,76 +2,133 @@
 
 Who owns which positions of a sequence of `n` tokens in the cache, after each operation (half-open intervals):
 
-| operation       | shared, read only | own, written | indexed                     |
-|-----------------|-------------------|--------------|-----------------------------|
-| allocate        | [0, hit)          | -            | [0, hit)                    |
-| append k        | [0, hit)          | [hit, n + k) | [0, hit)                    |
-| rollback to m   | [0, hit)          | [hit, m)     | [0, hit)                    |
-| index v tokens  | [0, hit)          | [hit, n)     | [0, v), in whole blocks     |
-| free            | -                 | -            | as before; blocks are cached |
+| operation       | shared, read only   | own, written   | indexed                      |
+|-----------------|---------------------|----------------|------------------------------|
+| allocate        | [0, hit)            | -              | [0, hit)                     |
+| append k        | [0, hit)            | [hit, n + k)   | [0, hit)                     |
+| fork            | [0, n), both        | -              | as before                    |
+| append to it    | whole blocks of it  | what follows   | as before                    |
+| rollback to m   | [0, min(hit, m))    | the rest       | as before                    |
+| index v tokens  | whole blocks of it  | the rest       | [0, v)                       |
+| free            | -                   | -              | as before; blocks are cached |
+
+A block is written to only by a sequence that alone names it, and only behind what is indexed of it: `append` copies
+the last block where that is not so (copy on write).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers import PreTrainedConfig
 
+from ..errors import PearlOutOfBlocksError
+from .batch import BatchOfRows
 from .block_pool import BlockPool
+from .paged_layer import PagedLayer
+from .paged_sequence import PagedSequence
 from .prefix_index import PrefixIndex
-from .step import PagedStep, SequenceSpan
+from .sizing import DEFAULT_BLOCK_SIZE, CacheNeeds, memory_share, num_blocks_for
+from .statistics import CacheStatistics
+from .step import PagedStep
 
-DEFAULT_BLOCK_SIZE = 32
-INITIAL_BLOCKS = 64
-
-
-@dataclass(eq=False)
-class PagedSequence:
-    """One sequence in the cache: its block table, and how many tokens of it are there."""
-
-    block_table: list[int] = field(default_factory=list)
-    length: int = 0
+INITIAL_BLOCKS = 256
 
 
-class PagedPrefixCache(Cache):
+class PagedPrefixCache(BatchOfRows):
     """Paged keys and values of one model, for any number of sequences.
+
+    Engines allocate sequences and run ragged steps over them (`begin_step`). It is a transformers cache too: passed as
+    `past_key_values=`, it holds a batch of rows of one length, and every method means what it means there.
 
     Parameters
     ----------
-    num_layers : int
-        Attention layers of the model.
+    config : PreTrainedConfig
+        The model's; tells the number of layers.
+    max_blocks : int, optional
+        Blocks there may be; by default as many as fit into a share of the memory there is.
     block_size : int
         Tokens of a block, a power of two.
-    max_blocks : int
-        Blocks there may be; the pools grow up to it on demand.
+    eight_bit : bool
+        Keep keys and values in 8 bits (float8_e4m3fn, a scale per token and head): half the memory of bfloat16, and
+        attention over values that are off by up to 1/16 of themselves.
     device : torch.device or str
-        Where the pools lie. Their dtype and head sizes are those of the keys and values first stored.
+        Where the model is. Keys and values are kept where they come from, each layer's on that layer's device.
     """
 
     def __init__(
         self,
-        num_layers: int,
-        max_blocks: int,
+        config: PreTrainedConfig,
+        max_blocks: int | None = None,
         block_size: int = DEFAULT_BLOCK_SIZE,
+        eight_bit: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(layers=[])
         if block_size < 1 or block_size & (block_size - 1):
             raise ValueError(f"`block_size` must be a power of two, got {block_size}.")
+        num_layers = config.get_text_config().num_hidden_layers
+        super().__init__([PagedLayer(eight_bit) for _ in range(num_layers)])
+        self.config = config
         self.block_size = block_size
+        self.eight_bit = eight_bit
         self.device = torch.device(device)
-        self.pool = BlockPool(min(INITIAL_BLOCKS, max_blocks), max_blocks)
-        self.index = PrefixIndex()
-        self._pools: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
+        if max_blocks is None:
+            needs = CacheNeeds(config, config.dtype or torch.get_default_dtype(), self.device, eight_bit)
+            max_blocks = num_blocks_for([needs], None, memory_share, block_size)
+        # A CPU's memory is taken page by page, when it is first written to; elsewhere the pools grow.
+        self.pool = BlockPool(max_blocks if self.device.type == "cpu" else INITIAL_BLOCKS, max_blocks)
+        self.index = PrefixIndex(block_size)
+        self.statistics = CacheStatistics()
 
-    def allocate(self, token_ids: Sequence[int] = ()) -> PagedSequence:
-        """A new sequence that already holds the longest indexed prefix of `token_ids`, short of its last token."""
-        blocks = self.index.find(token_ids, self.block_size)
-        for block in blocks:
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the pools have room for."""
+        return self.pool.num_blocks * self.block_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the pools may take."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def allocate(self, token_ids: Sequence[int] = (), salt: str = "", expected_length: int = 0) -> PagedSequence:
+        """A new sequence that already holds the longest known prefix of `token_ids`, short of its last token.
+
+        Parameters
+        ----------
+        salt : str
+            Only prefixes that came under the same salt are found.
+        expected_length : int
+            Tokens the sequence may have in the end, where that is known.
+        """
+        sequence = PagedSequence(salt, expected_length)
+        found = self.index.find(token_ids, salt)
+        for block in found.blocks:
             self.pool.reference(block)
-        return PagedSequence(list(blocks), len(blocks) * self.block_size)
+            sequence.push(block)
+        sequence.length = len(found.blocks) * self.block_size
+        if found.tail_block is not None:
+            self._take_over(sequence, found.tail_block, found.num_tail_tokens)
+        self.statistics.queried_tokens += len(token_ids)
+        self.statistics.hit_tokens += sequence.length
+        return sequence
+
+    def _take_over(self, sequence: PagedSequence, block: int, num_tokens: int) -> None:
+        """Begin the sequence's next block with the first `num_tokens` of `block`: in place if nobody minds."""
+        entry = self.index.entry(block)
+        in_place = self.pool.is_cached(block) and entry is not None and len(entry.token_ids) == num_tokens
+        self.pool.reference(block)  # It must not be evicted for its own copy.
+        if in_place:
+            sequence.push(block)
+            sequence.length += num_tokens
+            return
+        own = self._take(sequence)
+        if own is not None:
+            self._copy(block, own)
+            sequence.push(own)
+            sequence.length += num_tokens
+        self.pool.release(block, keep=block in self.index)
 
     def append(self, sequence: PagedSequence, num_tokens: int) -> None:
         """Make room for `num_tokens` more tokens; all or nothing.
@@ -81,27 +138,82 @@ class PagedPrefixCache(Cache):
         PearlOutOfBlocksError
             No block is free, none can be evicted, and the pool may not grow.
         """
-        num_blocks = -(-(sequence.length + num_tokens) // self.block_size)
-        num_new = num_blocks - len(sequence.block_table)
         before = len(sequence.block_table)
-        for _ in range(num_new):
-            last = sequence.block_table[-1] if sequence.block_table else None
-            block = self._take(last)
+        shared = self._shared_last_block(sequence) if num_tokens else None
+        num_new = -(-(sequence.length + num_tokens) // self.block_size) - before + (shared is not None)
+        if shared is not None:
+            sequence.pop()
+        for taken in range(num_new):
+            block = self._take(sequence)
             if block is None:
-                self._shrink(sequence, before)
+                self._shrink(sequence, len(sequence.block_table) - taken)
+                if shared is not None:
+                    sequence.push(shared)
                 raise self.pool.out_of_blocks(num_new)
-            sequence.block_table.append(block)
+            sequence.push(block)
+        if shared is not None:
+            self._copy(shared, sequence.block_table[before - 1])
+            self.pool.release(shared, keep=shared in self.index)
         sequence.length += num_tokens
 
-    def _take(self, after: int | None) -> int | None:
-        block = self.pool.take(after)
-        if block is None and self.pool.num_blocks < self.pool.max_blocks:
-            self._grow()
-            block = self.pool.take(after)
+    def check_fits(self, num_tokens: int) -> None:
+        """Raise `PearlOutOfBlocksError` if a sequence of `num_tokens` tokens could not have blocks enough ever."""
+        num_needed = -(-num_tokens // self.block_size)
+        if num_needed > self.pool.max_blocks:
+            raise PearlOutOfBlocksError(
+                f"a sequence of {num_tokens} tokens needs {num_needed} blocks of {self.block_size} tokens, and the "
+                f"paged cache has at most {self.pool.max_blocks}. Raise `PearlConfig(cache_memory=...)`."
+            )
+
+    def _shared_last_block(self, sequence: PagedSequence) -> int | None:
+        """The partly filled last block, if somebody else names it or may find what would be overwritten."""
+        filled = sequence.length % self.block_size
+        if not filled:
+            return None
+        block = sequence.block_table[-1]
+        entry = self.index.entry(block)
+        return block if self.pool.count(block) > 1 or (entry and len(entry.token_ids) > filled) else None
+
+    def _copy(self, source: int, target: int) -> None:
+        size = self.block_size
+        for layer in self.layers:
+            layer.copy(slice(source * size, (source + 1) * size), slice(target * size, (target + 1) * size))
+        self.statistics.copied_blocks += 1
+
+    def _take(self, sequence: PagedSequence) -> int | None:
+        """A free block for the end of `sequence`; the pool grows for it, then cached blocks are evicted."""
+        after = sequence.last_block
+        expected = -(-sequence.expected_length // self.block_size) - len(sequence.block_table) - 1
+        block = self.pool.take(after, max(0, expected))
+        if block is None and self._grow():
+            block = self.pool.take(after, max(0, expected))
         if block is None and (evicted := self.pool.evict()) is not None:
             self.index.forget(evicted)
-            block = self.pool.take(after)
+            self.statistics.evicted_blocks += 1
+            block = self.pool.take(after, max(0, expected))
         return block
+
+    def _grow(self) -> bool:
+        """Double the pools, if they may and can grow; whether they did."""
+        num_blocks = min(2 * self.pool.num_blocks, self.pool.max_blocks)
+        if num_blocks == self.pool.num_blocks:
+            return False
+        try:
+            for layer in self.layers:
+                layer.resize(num_blocks * self.block_size)
+        except PearlOutOfBlocksError:
+            return False  # A layer that has grown already does no harm.
+        self.pool.grow(num_blocks)
+        return True
+
+    def fork(self, sequence: PagedSequence) -> PagedSequence:
+        """A second sequence with the same tokens; it takes memory only where the two go on differently."""
+        forked = PagedSequence(sequence.salt, sequence.expected_length)
+        for block in sequence.block_table:
+            self.pool.reference(block)
+            forked.push(block)
+        forked.length = sequence.length
+        return forked
 
     def rollback(self, sequence: PagedSequence, length: int) -> None:
         """Drop every token from position `length` on."""
@@ -112,13 +224,25 @@ class PagedPrefixCache(Cache):
 
     def _shrink(self, sequence: PagedSequence, num_blocks: int) -> None:
         while len(sequence.block_table) > num_blocks:
-            block = sequence.block_table.pop()
+            block = sequence.pop()
             self.pool.release(block, keep=block in self.index)
 
     def insert_prefix(self, sequence: PagedSequence, token_ids: Sequence[int]) -> None:
-        """Let later sequences find the full blocks of `token_ids`, the verified tokens at the start of `sequence`."""
-        num_tokens = min(len(token_ids), sequence.length)
-        self.index.insert(token_ids[:num_tokens], sequence.block_table, self.block_size)
+        """Let later sequences find `token_ids`, the verified tokens at the start of `sequence`.
+
+        Whole blocks that the index knows already are exchanged for those it knows: a prefix is kept once.
+        """
+        token_ids = token_ids[: sequence.length]
+        standing, superseded = self.index.insert(token_ids, sequence.block_table, sequence.salt)
+        own = sequence.block_table[: len(standing)]
+        for block in standing:
+            self.pool.reference(block)
+        for block in own:
+            self.pool.release(block, keep=block in self.index)
+        if standing != own:
+            sequence.replace(standing)
+        for block in superseded:
+            self.pool.drop(block)
 
     def free(self, sequence: PagedSequence) -> None:
         """Give the sequence back; indexed blocks stay cached until their memory is needed, leaves going first."""
@@ -133,48 +257,28 @@ class PagedPrefixCache(Cache):
     def reset_pools(self) -> None:
         """Forget every prefix, and the shapes and dtypes of keys and values; no sequence may be in use."""
         self.clear()
-        self._pools = [None] * len(self._pools)
+        for layer in self.layers:
+            layer.pools = None
 
-    def begin_step(self, sequences: Sequence[PagedSequence], num_new: Sequence[int]) -> PagedStep:
-        """The plan of a forward in which the last `num_new[i]` tokens of `sequences[i]` are computed."""
-        spans = [
-            SequenceSpan(sequence.block_table, sequence.length, num)
-            for sequence, num in zip(sequences, num_new, strict=True)
-        ]
-        return PagedStep(self, spans)
+    def begin_step(
+        self, sequences: Sequence[PagedSequence], num_new: Sequence[int], may_read_beyond: bool = False
+    ) -> PagedStep:
+        """The plan of a forward over the last `num_new[i]` tokens of `sequences[i]`; see `PagedStep`."""
+        return PagedStep(self, sequences, num_new, may_read_beyond)
 
-    def pools(self, layer_index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's pools `(num_slots, K, D)`, made on first use to fit `key` and `value` `(1, K, T, D)`."""
-        pools = self._pools[layer_index]
-        if pools is None:
-            num_slots = self.pool.num_blocks * self.block_size
-            pools = (
-                key.new_zeros(num_slots, key.shape[1], key.shape[3], device=self.device),
-                value.new_zeros(num_slots, value.shape[1], value.shape[3], device=self.device),
-            )
-            self._pools[layer_index] = pools
-        return pools
-
-    def _grow(self) -> None:
-        old_slots = self.pool.num_blocks * self.block_size
-        self.pool.grow(min(2 * self.pool.num_blocks, self.pool.max_blocks))
-        num_slots = self.pool.num_blocks * self.block_size
-        for layer_index, pools in enumerate(self._pools):
-            if pools is not None:
-                grown = tuple(pool.new_zeros(num_slots, *pool.shape[1:]) for pool in pools)
-                for new, old in zip(grown, pools, strict=True):
-                    new[:old_slots] = old
-                self._pools[layer_index] = (grown[0], grown[1])
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that the pools hold."""
-        return sum(pool.nbytes for pools in self._pools if pools is not None for pool in pools)
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedPrefixCache:
+        """A cache with a copy of the batch's rows, and with no other sequences or prefixes."""
+        copied = PagedPrefixCache(
+            self.config, self.pool.max_blocks, self.block_size, eight_bit=self.eight_bit, device=self.device
+        )
+        memo[id(self)] = copied
+        self.copy_rows(copied)
+        return copied
 
     def check_integrity(self, sequences: Sequence[PagedSequence]) -> None:
-        """Raise `RuntimeError` unless the books balance; `sequences` are all those in use."""
+        """Raise `RuntimeError` unless the books balance; `sequences` are all those in use, but for a batch's rows."""
         counts = [0] * self.pool.num_blocks
-        for sequence in sequences:
+        for sequence in (*sequences, *self.batch_rows):
             for block in sequence.block_table:
                 counts[block] += 1
         wrong = [block for block, count in enumerate(counts) if count != self.pool.count(block)]

@@ -8,87 +8,173 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
+MAX_CANDIDATES = 16
+
 
 class IndexedBlock(NamedTuple):
-    """A full block of verified tokens: where it lies, what it holds, its number, and that of the block before it.
+    """A block of verified tokens.
 
-    Numbers are never used again: a block whose predecessor was evicted is not found behind another one.
+    Attributes
+    ----------
+    block : int
+        Where it lies.
+    token_ids : tuple of int
+        What it holds; fewer than a block's worth at the end of a sequence.
+    number : int
+        Its own. Numbers are never used again: what follows an evicted block is not found behind another one.
+    parent : int or str
+        The number of the block before it; for the first of a sequence, the salt.
+    digest : bytes
+        Of all tokens up to its last.
     """
 
     block: int
     token_ids: tuple[int, ...]
     number: int
-    parent: int
+    parent: int | str
+    digest: bytes
+
+
+class Found(NamedTuple):
+    """What is already there of a prompt: whole blocks, and the first `num_tail_tokens` of a block to copy."""
+
+    blocks: list[int]
+    tail_block: int | None
+    num_tail_tokens: int
 
 
 class PrefixIndex:
-    """Digest of a token prefix -> the block that holds its last `block_size` tokens.
+    """Digest of a token prefix -> the block that holds its last tokens.
 
-    Digests are chained (parent digest + token ids), keyed per process, and every hit is compared token by token, so
-    that a collision can never serve another prefix's keys and values.
+    Digests are chained (parent digest + token ids), keyed per process, and every hit is compared token by token, and
+    with the block before it, so that a collision can never serve another prefix's keys and values. Prefixes under
+    different salts share nothing.
     """
 
-    def __init__(self, salt: str = "") -> None:
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
         self._key = os.urandom(32)
-        self._root = self._digest(b"", salt.encode())
-        self._blocks: dict[bytes, IndexedBlock] = {}
-        self._digests: dict[int, bytes] = {}
+        self._full: dict[bytes, IndexedBlock] = {}
+        self._by_block: dict[int, IndexedBlock] = {}
+        # (parent, first token) -> blocks that follow it, oldest first: what a prompt may share a part of.
+        self._followers: dict[tuple[int | str, int], list[IndexedBlock]] = {}
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._by_block)
 
     def __contains__(self, block: object) -> bool:
-        return block in self._digests
+        return block in self._by_block
+
+    def entry(self, block: int) -> IndexedBlock | None:
+        """What is indexed of `block`."""
+        return self._by_block.get(block)
 
     def _digest(self, parent: bytes, payload: bytes) -> bytes:
         return hashlib.blake2b(parent + payload, key=self._key, digest_size=16).digest()
 
+    def _root(self, salt: str) -> bytes:
+        return self._digest(b"", salt.encode())
+
     def _child(self, parent: bytes, token_ids: tuple[int, ...]) -> bytes:
         return self._digest(parent, b"".join(token.to_bytes(8, "little") for token in token_ids))
 
-    def find(self, token_ids: Sequence[int], block_size: int) -> list[int]:
-        """The blocks of the longest indexed prefix of `token_ids`, in order, always short of the last token.
-
-        The last token is left out because its logits are needed, and computing them writes into its block.
-        """
-        blocks, digest, parent = [], self._root, 0
-        for start in range(0, (len(token_ids) - 1) // block_size * block_size, block_size):
-            wanted = tuple(token_ids[start : start + block_size])
-            digest = self._child(digest, wanted)
-            found = self._blocks.get(digest)
-            if found is None or found.token_ids != wanted or found.parent != parent:
+    def find(self, token_ids: Sequence[int], salt: str = "") -> Found:
+        """The longest prefix of `token_ids` that is there, short of its last token, whose logits are needed."""
+        size, end = self.block_size, len(token_ids) - 1
+        blocks: list[int] = []
+        parent: int | str = salt
+        digest = self._root(salt)
+        while (start := len(blocks) * size) + size <= end:
+            held = tuple(token_ids[start : start + size])
+            digest = self._child(digest, held)
+            found = self._full.get(digest)
+            if found is None or found.token_ids != held or found.parent != parent:
                 break
             blocks.append(found.block)
             parent = found.number
-        return blocks
+        rest = token_ids[start : min(start + size, end)]
+        best, longest = None, 0
+        if rest:
+            for follower in self._followers.get((parent, rest[0]), ())[-MAX_CANDIDATES:]:
+                shared = num_shared(follower.token_ids, rest)
+                if shared > longest:
+                    best, longest = follower.block, shared
+        return Found(blocks, best, longest)
 
-    def insert(self, token_ids: Sequence[int], block_table: Sequence[int], block_size: int) -> None:
-        """Index every full block of a sequence whose `token_ids` are all verified.
+    def insert(
+        self, token_ids: Sequence[int], block_table: Sequence[int], salt: str = ""
+    ) -> tuple[list[int], list[int]]:
+        """Index the blocks of a sequence whose `token_ids` are all verified, a partly filled last one too.
 
         Where another block already holds the same prefix, that one stays: two requests with one prompt in one step
         must not overwrite each other's entry.
+
+        Returns
+        -------
+        tuple
+            The blocks that stand in the index for the first blocks of `block_table`, and blocks that left the index
+            because a new one holds all that they hold.
         """
-        digest, parent = self._root, 0
-        for index in range(len(token_ids) // block_size):
-            block = block_table[index]
-            held = tuple(token_ids[index * block_size : (index + 1) * block_size])
+        parent: int | str = salt
+        digest, standing, superseded = self._root(salt), list[int](), list[int]()
+        for index in range(len(token_ids) // self.block_size):
+            held = tuple(token_ids[index * self.block_size : (index + 1) * self.block_size])
             digest = self._child(digest, held)
-            found = self._blocks.get(digest)
-            if found is None and block not in self._digests:
-                found = self._blocks[digest] = IndexedBlock(block, held, next(self._numbers), parent)
-                self._digests[block] = digest
-            if found is None or found.token_ids != held or found.parent != parent:
-                return  # A collision, or a predecessor is gone: whatever follows would hang on the wrong parent.
+            found = self._full.get(digest)
+            if found is None:
+                found = IndexedBlock(block_table[index], held, next(self._numbers), parent, digest)
+                superseded += self._add(found)
+                self._full[digest] = found
+            elif found.token_ids != held or found.parent != parent:
+                return standing, superseded  # A collision: whatever follows would hang on the wrong parent.
+            standing.append(found.block)
             parent = found.number
+        rest = tuple(token_ids[len(standing) * self.block_size :])
+        if rest and not any(
+            follower.token_ids[: len(rest)] == rest for follower in self._followers.get((parent, rest[0]), ())
+        ):
+            superseded += self._add(IndexedBlock(block_table[len(standing)], rest, next(self._numbers), parent, b""))
+        return standing, superseded
+
+    def _add(self, new: IndexedBlock) -> list[int]:
+        """Enter a block; name those that held a part of it and are no longer needed."""
+        self.forget(new.block)
+        followers = self._followers.setdefault((new.parent, new.token_ids[0]), [])
+        parts = [
+            each.block
+            for each in followers
+            if len(each.token_ids) < self.block_size and each.token_ids == new.token_ids[: len(each.token_ids)]
+        ]
+        followers.append(new)
+        self._by_block[new.block] = new
+        for block in parts:
+            self.forget(block)
+        return parts
 
     def forget(self, block: int) -> None:
-        """Remove the entry of an evicted block."""
-        digest = self._digests.pop(block, None)
-        if digest is not None:
-            del self._blocks[digest]
+        """Remove the entry of a block, if it has one."""
+        entry = self._by_block.pop(block, None)
+        if entry is None:
+            return
+        if self._full.get(entry.digest) is entry:
+            del self._full[entry.digest]
+        key = entry.parent, entry.token_ids[0]
+        followers = self._followers[key]
+        followers.remove(entry)
+        if not followers:
+            del self._followers[key]
 
     def clear(self) -> None:
         """Forget every block."""
-        self._blocks.clear()
-        self._digests.clear()
+        self._full.clear()
+        self._by_block.clear()
+        self._followers.clear()
+
+
+def num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the common prefix of two sequences of tokens."""
+    for place, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return place
+    return min(len(first), len(second))

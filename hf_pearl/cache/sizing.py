@@ -3,46 +3,108 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .paged_prefix_cache import DEFAULT_BLOCK_SIZE
-
+# Measured (docs/cache.md): blocks in runs cost the same at any size; smaller ones share and waste less memory.
+DEFAULT_BLOCK_SIZE = 16
 CPU_SHARE = 0.25
-CUDA_SHARE = 0.5
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def bytes_per_block(model: PreTrainedModel, block_size: int = DEFAULT_BLOCK_SIZE) -> int:
-    """Bytes of keys and values that one block of every layer takes."""
-    config = model.config.get_text_config()
-    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    itemsize = model.get_input_embeddings().weight.dtype.itemsize
-    return 2 * config.num_hidden_layers * num_heads * head_dim * itemsize * block_size
+class CacheNeeds(NamedTuple):
+    """What decides how large a block is, and where it lies.
 
-
-def num_blocks_for(models: Sequence[PreTrainedModel], num_bytes: int | None) -> int:
-    """Blocks each lane may have, so that all lanes together stay within `num_bytes` (None: a share of what there is).
-
-    Both lanes hold the same tokens, so that they get the same number of blocks.
+    Attributes
+    ----------
+    config : PreTrainedConfig
+        The model's.
+    dtype : torch.dtype
+        Of keys and values, unless they are kept in 8 bits.
+    device : torch.device
+        The model's.
+    eight_bit : bool
+        Whether they are: a byte a value, and a float32 scale per token and head.
     """
-    per_block = sum(bytes_per_block(model) for model in models)
-    if num_bytes is None:
-        num_bytes = _memory_share(models[0].get_input_embeddings().weight.device)
+
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    device: torch.device
+    eight_bit: bool = False
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, eight_bit: bool = False) -> CacheNeeds:
+        """Those of a model."""
+        weight = model.get_input_embeddings().weight
+        return cls(model.config, weight.dtype, weight.device, eight_bit)
+
+    def bytes_per_block(self, block_size: int = DEFAULT_BLOCK_SIZE) -> int:
+        """Bytes of keys and values that one block of every layer takes."""
+        config = self.config.get_text_config()
+        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        bytes_per_head = head_dim + 4 if self.eight_bit else head_dim * self.dtype.itemsize
+        return 2 * config.num_hidden_layers * num_heads * bytes_per_head * block_size
+
+
+def num_blocks_for(
+    needs: Sequence[CacheNeeds],
+    num_bytes: int | None,
+    share_of: Callable[[torch.device], int],
+    block_size: int = DEFAULT_BLOCK_SIZE,
+) -> int:
+    """Blocks that each lane may have. Both hold the same tokens, so that they get the same number of blocks.
+
+    Parameters
+    ----------
+    num_bytes : int or None
+        What all lanes may take together; None: what `share_of` says for their devices.
+    """
+    if num_bytes is not None:
+        return _blocks_within(num_bytes, needs, block_size)
+    devices = {each.device for each in needs}
+    by_device = {device: [each for each in needs if each.device == device] for device in devices}
+    return min(_blocks_within(share_of(device), each, block_size) for device, each in by_device.items())
+
+
+def _blocks_within(num_bytes: int, needs: Sequence[CacheNeeds], block_size: int) -> int:
+    per_block = sum(each.bytes_per_block(block_size) for each in needs)
     if num_bytes < per_block:
         raise ValueError(
-            f"`cache_memory` of {num_bytes} bytes is less than one block of {DEFAULT_BLOCK_SIZE} tokens takes "
-            f"({per_block} bytes for both models). Set `PearlConfig(cache_memory=...)` higher."
+            f"`cache_memory` of {num_bytes} bytes is less than one block of {block_size} tokens takes "
+            f"({per_block} bytes for all models together). Set `PearlConfig(cache_memory=...)` higher."
         )
     return num_bytes // per_block
 
 
-def _memory_share(device: torch.device) -> int:
-    """The total, not what is free now, so that the number of blocks does not change between calls."""
+def memory_share(device: torch.device) -> int:
+    """Bytes that the caches on a device take at most unless told otherwise.
+
+    On a CPU a share of all memory, not of what is free now; elsewhere half of what is free now.
+    """
     if device.type == "cuda":
-        return int(CUDA_SHARE * torch.cuda.get_device_properties(device).total_memory)
+        return free_cuda_memory(device) // 2
+    return int(CPU_SHARE * main_memory())
+
+
+def free_cuda_memory(device: torch.device) -> int:
+    """Bytes that the device has left, those that torch holds in reserve included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def main_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its container's."""
+    limits = []
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return int(CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return 2**30
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for name in _CGROUP_LIMITS:
+        try:
+            limits.append(int(Path(name).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return min(limits, default=2**32)

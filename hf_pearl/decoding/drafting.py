@@ -24,8 +24,11 @@ MAX_PREFILL_TOKENS = 1024
 class Lane(Protocol):
     """What the decoding asks of a model on its cache; `parallel.lane.ModelLane` is the real one."""
 
-    def admit(self, request_id: int, token_ids: Sequence[int]) -> int:
-        """Begin a sequence; return how many of its tokens are already in the cache."""
+    def admit(self, request_id: int, token_ids: Sequence[int], max_length: int) -> int:
+        """Begin a sequence of `max_length` tokens in the end; return how many of them are already in the cache."""
+
+    def fork(self, request_id: int, new_id: int, length: int) -> None:
+        """Begin a sequence with the first `length` tokens of another."""
 
     def length(self, request_id: int) -> int:
         """How many tokens of a sequence are in the cache."""
@@ -77,6 +80,8 @@ class Drafter:
         self.num_prefilled = 0
         self.intervals: list[tuple[float, float]] = []
         self._probabilities: dict[int, list[float]] = {}
+        self._leaders: dict[tuple[int, ...], int] = {}  # prompt -> the request that computes it
+        self._followed: dict[int, tuple[int, int]] = {}  # waiting request -> its leader, length of their prompt
         self._is_out_of_memory = False
 
     def handle(self, message: Admission | Verdict | Removal) -> None:
@@ -89,19 +94,39 @@ class Drafter:
             self.remove(message)
 
     def admit(self, message: Admission) -> None:
-        """Begin a request."""
-        num_cached = self.lane.admit(message.request_id, message.token_ids)
-        self.num_prefilled += len(message.token_ids) - num_cached
+        """Begin a request; one with the same prompt as another waits until that is computed."""
+        leader = self._leaders.setdefault(message.token_ids, message.request_id)
+        if leader == message.request_id:
+            self._admit(message.request_id, message.token_ids, message.max_length)
+        else:
+            self._followed[message.request_id] = leader, len(message.token_ids)
         self.trees[message.request_id] = DraftTree(message.token_ids, message.max_length)
         self._probabilities[message.request_id] = []
         self.proposer.admit(message)
+
+    def _admit(self, request_id: int, token_ids: Sequence[int], max_length: int) -> None:
+        num_cached = self.lane.admit(request_id, token_ids, max_length)
+        self.num_prefilled += len(token_ids) - num_cached
+
+    def _fork_followers(self) -> None:
+        """Give every request that waits for another one's prompt its share of it, all but the last token."""
+        for follower, (leader, num_prompt) in list(self._followed.items()):
+            tree = self.trees[follower]
+            if leader not in self.trees:
+                self._admit(follower, tree.verified, tree.max_length)
+            elif self.lane.length(leader) >= num_prompt:
+                self.lane.fork(leader, follower, num_prompt - 1)
+                self.num_prefilled += 1
+            else:
+                continue
+            del self._followed[follower]
 
     def verdict(self, message: Verdict) -> None:
         """Move a request's root; keep what agrees, roll the cache back behind it."""
         tree = self.trees[message.request_id]
         self._learn(message)
         unchanged = tree.prune(message.number, message.token_ids)
-        if unchanged < self.lane.length(message.request_id):
+        if message.request_id not in self._followed and unchanged < self.lane.length(message.request_id):
             self.lane.rollback(message.request_id, unchanged)
 
     def _learn(self, message: Verdict) -> None:
@@ -122,7 +147,9 @@ class Drafter:
         self.num_wasted += tree.num_wasted + len(tree.line)
         self._probabilities.pop(message.request_id)
         self.proposer.remove(message)
-        self.lane.release(message.request_id, tree.verified)
+        if self._followed.pop(message.request_id, None) is None:
+            self.lane.release(message.request_id, tree.verified)
+        self._is_out_of_memory = False
 
     def has_work(self) -> bool:
         """Whether any line may grow."""
@@ -137,7 +164,8 @@ class Drafter:
         if not self.has_work():
             return []
         started = time.perf_counter()
-        growing = [request_id for request_id, tree in self.trees.items() if self._may_grow(tree)]
+        self._fork_followers()
+        growing = [i for i, tree in self.trees.items() if i not in self._followed and self._may_grow(tree)]
         windows = [self._window(request_id) for request_id in growing]
         try:
             logits = self.lane.forward(windows)

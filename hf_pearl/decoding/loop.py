@@ -8,10 +8,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ..errors import PearlOutOfBlocksError
 from .drafting import Lane
 from .messages import Removal, Verdict, Window
 from .request import Request
 from .schedule import NoDraft
+from .scheduler import Scheduler
 from .stats import Interval, PearlStats
 from .verification import Verifier
 
@@ -39,7 +41,7 @@ class DecodingLoop:
     Parameters
     ----------
     target : Lane
-        The target on its cache; every request is admitted already.
+        The target on its cache.
     verifier : Verifier
         Judges the target's logits.
     schedule : NoDraft, Lockstep or FreeRunning
@@ -67,6 +69,7 @@ class DecodingLoop:
         self.draft = draft
         self.stats = stats
         self.clock = clock
+        self.scheduler = Scheduler(target, requests, not verifier.advances_together, stats)
         self.intervals: list[Interval] = []
 
     def run(self) -> None:
@@ -76,10 +79,15 @@ class DecodingLoop:
 
     def step(self) -> None:
         """One target forward and its verdicts."""
-        waiting = [request for request in self.requests if not request.finished and not request.pending]
+        waiting = self.scheduler.waiting()
         launch = self._launch(waiting, self.schedule.before_forward(waiting))
         started = self.clock()
-        logits = self.target.forward(launch.windows)
+        try:
+            logits = self.target.forward(launch.windows)
+        except PearlOutOfBlocksError:
+            if self.scheduler.preempt():
+                return
+            raise
         ended = self.clock()
         self.intervals.append((started, ended))
         self.stats.target_forwards += 1
@@ -98,7 +106,7 @@ class DecodingLoop:
             request_id = request.request_id
             new = request.verified[self.target.length(request_id) :]
             guess = guesses.get(request_id, ())[: max(0, budget - 1)] if len(new) == 1 else ()
-            is_decode = is_decode and len(request.verified) > request.num_prompt_tokens
+            is_decode = is_decode and len(new) == 1
             if len(new) + len(guess) > budget:
                 if budget:  # A long prompt is computed in pieces; its logits come with the last one.
                     windows.append(Window(request_id, tuple(new[:budget]), 0))
@@ -111,10 +119,12 @@ class DecodingLoop:
 
     def _queue(self, launch: Launch, logits: torch.Tensor) -> None:
         row = 0
-        by_id = {request.request_id: request for request in self.requests}
         for window, guess in zip(launch.windows, launch.guesses, strict=True):
             if window.num_logits:
-                by_id[window.request_id].queue(logits[row : row + window.num_logits], guess)
+                request = self.scheduler.resident[window.request_id]
+                request.queue(logits[row : row + window.num_logits], guess)
+                for follower in self.scheduler.fork_followers(request):
+                    follower.queue(logits[row : row + 1], ())
                 row += window.num_logits
 
     def _count(self, launch: Launch, verdicts: dict[int, tuple[int, ...]], seconds: float) -> None:
@@ -146,6 +156,6 @@ class DecodingLoop:
         for request in self.requests:
             if request.finished and not request.is_released:
                 request.is_released = True
-                self.target.release(request.request_id, request.verified)
+                self.scheduler.end(request)
                 if self.draft is not None:
                     self.draft.send(Removal(request.request_id))

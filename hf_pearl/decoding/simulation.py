@@ -67,10 +67,14 @@ class RecordedLane:
         self._lengths: dict[int, int] = {}
         self._advance = advance
 
-    def admit(self, request_id: int, token_ids: Sequence[int]) -> int:
+    def admit(self, request_id: int, token_ids: Sequence[int], max_length: int) -> int:
         """Begin a sequence, with nothing cached."""
         self._lengths[request_id] = 0
         return 0
+
+    def fork(self, request_id: int, new_id: int, length: int) -> None:
+        """Begin a sequence with a part of another."""
+        self._lengths[new_id] = length
 
     def length(self, request_id: int) -> int:
         """Tokens of a sequence so far."""
@@ -232,11 +236,10 @@ def _run(
     longest = max(len(trace) for trace in traces)
     criteria = StoppingCriteriaList([MaxLengthCriteria(longest + 1)])
     rules = Rules(LogitsProcessorList(), criteria, do_sample=False, max_length=longest + 1)
-    requests = [Request(row, 1, (), longest + 1, [1]) for row in range(len(traces))]
+    requests = [Request(row, 1, (), longest + 1, [row]) for row in range(len(traces))]
     for request in requests:
-        target.admit(request.request_id, request.verified)
         if draft is not None:
-            draft.send(Admission(request.request_id, (1,), longest + 1, 0, None))
+            draft.send(Admission(request.request_id, tuple(request.verified), longest + 1, 0, None))
     schedule = NoDraft()
     if draft is not None:
         schedule = (

@@ -32,8 +32,14 @@ class PearlStats:
         Windows of one row in one target forward, prefill left out.
     decode_tokens : int
         Tokens of the answer that came from these.
+    prompt_tokens : int
+        Tokens of all prompts.
     prefilled_tokens, draft_prefilled_tokens : int
         Prompt tokens that were computed, not found in the cache: by the target, by the draft.
+    evicted_blocks, cached_blocks : int
+        Blocks of the target's cache that were given up for their memory in this call, and those kept after it.
+    preemptions : int
+        Times that a row gave its memory to the others and was computed again.
     judged_at, stood_at : list of int
         Of the draft tokens at each place of a window (0 is the first): how many were judged, and how many stood.
     target_seconds, draft_seconds, overlap_seconds : float
@@ -53,8 +59,12 @@ class PearlStats:
     generated_tokens: int = 0
     decode_windows: int = 0
     decode_tokens: int = 0
+    prompt_tokens: int = 0
     prefilled_tokens: int = 0
     draft_prefilled_tokens: int = 0
+    evicted_blocks: int = 0
+    cached_blocks: int = 0
+    preemptions: int = 0
     judged_at: list[int] = field(default_factory=list)
     stood_at: list[int] = field(default_factory=list)
     target_seconds: float = 0.0
@@ -67,6 +77,11 @@ class PearlStats:
     def mean_accepted_tokens(self) -> float:
         """Accepted draft tokens plus the target's own, per row and decode forward (1.0 without a draft)."""
         return self.decode_tokens / self.decode_windows if self.decode_windows else 0.0
+
+    @property
+    def cache_hit_rate(self) -> float:
+        """Share of the prompt tokens that the target did not have to compute."""
+        return max(0.0, 1.0 - self.prefilled_tokens / self.prompt_tokens) if self.prompt_tokens else 0.0
 
     @property
     def acceptance_rate(self) -> float:

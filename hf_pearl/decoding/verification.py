@@ -26,13 +26,14 @@ class Verifier:
     Where processors and criteria read the scores alone, all positions are judged at once. Elsewhere positions are
     judged in order, each processor called exactly once per emitted token on the prefix transformers would show it.
     Processors, criteria and streamers that see the whole batch are called on slabs of equal length, when every
-    row has reached it; rows that are ahead wait with their logits.
+    row has reached it (`advances_together`); rows that are ahead wait with their logits.
     """
 
     def __init__(self, requests: Sequence[Request], rules: Rules, device: torch.device) -> None:
         self.requests = requests
         self.rules = rules
         self._eos_token_ids = rules.eos_token_ids
+        self.advances_together = not rules.is_of_row
         self._at_once = rules.is_of_scores and rules.is_of_row
         if not self._at_once:
             groups = [[request] for request in requests] if rules.is_of_row else [list(requests)]

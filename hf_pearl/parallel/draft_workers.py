@@ -103,16 +103,19 @@ class DraftWorker:
         processors: Iterable[LogitsProcessor],
         pad_token_id: int,
         free_running: bool,
-        prefix_cache: bool = True,
+        config: PearlConfig | None = None,
         max_line: int = MAX_LINE,
     ) -> ProcessDraft:
-        """Begin a call, of which there is one at a time; the arguments are those of `Proposer` and `ModelLane`."""
+        """Begin a call, of which there is one at a time; the arguments are those of `Proposer` and `Drafter`."""
         self._num_calls += 1
+        config = config or PearlConfig()
         options = CallOptions(
             vocab_size,
             pad_token_id,
             free_running,
-            prefix_cache,
+            config.prefix_cache,
+            config.cache_salt,
+            config.eight_bit_cache,
             max_line,
             self.cache_blocks,
             encode_processors(processors),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..cache import PagedPrefixCache, PagedSequence
 from ..cache.attention import paged_attention, paged_step, register
+from ..cache.step import PagedStep
 from ..decoding.messages import Window
 from ..errors import PearlOutOfBlocksError
 
@@ -32,15 +34,21 @@ class ModelLane:
         This lane's cache.
     prefix_cache : bool
         Whether prefixes are found again by later requests.
+    cache_salt : str
+        Only prefixes that came under the same salt are found.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: PagedPrefixCache, prefix_cache: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: PagedPrefixCache, prefix_cache: bool = True, cache_salt: str = ""
+    ) -> None:
         register()
         self.model = model
         self.cache = cache
         self.prefix_cache = prefix_cache
+        self.cache_salt = cache_salt
         self.vocab_size = model.get_input_embeddings().num_embeddings
         self._sequences: dict[int, PagedSequence] = {}
+        self._no_mask = torch.zeros(1, 1, 1, 1)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -67,10 +75,23 @@ class ModelLane:
             for module in training:  # One by one: a part of a model that is trained may be frozen.
                 module.training = True
 
-    def admit(self, request_id: int, token_ids: Sequence[int]) -> int:
-        """Begin a sequence; return how many of `token_ids` the cache already holds (always short of the last)."""
-        self._sequences[request_id] = self.cache.allocate(token_ids if self.prefix_cache else ())
+    def admit(self, request_id: int, token_ids: Sequence[int], max_length: int) -> int:
+        """Begin a sequence; return how many of `token_ids` the cache already holds (always short of the last).
+
+        Raises
+        ------
+        PearlOutOfBlocksError
+            The tokens alone would not fit into the cache if it were empty.
+        """
+        self.cache.check_fits(len(token_ids))
+        known = token_ids if self.prefix_cache else ()
+        self._sequences[request_id] = self.cache.allocate(known, self.cache_salt, max_length)
         return self._sequences[request_id].length
+
+    def fork(self, request_id: int, new_id: int, length: int) -> None:
+        """Begin a sequence with the first `length` tokens of another, in the same memory."""
+        self._sequences[new_id] = self.cache.fork(self._sequences[request_id])
+        self.rollback(new_id, length)
 
     def length(self, request_id: int) -> int:
         """How many tokens of a sequence have keys and values."""
@@ -91,6 +112,14 @@ class ModelLane:
         """
         sequences = [self._sequences[window.request_id] for window in windows]
         self._append(sequences, windows)
+        try:
+            return self._forward(sequences, windows)
+        except PearlOutOfBlocksError:  # not even the pools could be made
+            for sequence, window in zip(sequences, windows, strict=True):
+                self.cache.rollback(sequence, sequence.length - len(window.token_ids))
+            raise
+
+    def _forward(self, sequences: list[PagedSequence], windows: Sequence[Window]) -> torch.Tensor:
         token_ids: list[int] = []
         positions: list[int] = []
         kept: list[int] = []
@@ -99,19 +128,23 @@ class ModelLane:
             positions.extend(range(sequence.length - len(window.token_ids), sequence.length))
             kept.extend(range(len(token_ids) - window.num_logits, len(token_ids)))
         known = self.vocab_size
-        packed = torch.tensor([[token if token < known else 0 for token in token_ids]])
-        step = self.cache.begin_step(sequences, [len(window.token_ids) for window in windows])
-        options = {}
+        packed = torch.tensor([[token if token < known else 0 for token in token_ids]]).to(self.device)
+        inputs = {"input_ids": packed, "position_ids": torch.tensor([positions]).to(self.device)}
         if self._takes_logits_to_keep and len(kept) < len(token_ids):
-            options["logits_to_keep"] = torch.tensor(kept, dtype=torch.long, device=self.device)
-        with paged_step(step):
-            logits = self.model(
-                input_ids=packed.to(self.device),
-                position_ids=torch.tensor([positions]).to(self.device),
-                use_cache=False,
-                **options,
-            ).logits[0]
+            inputs["logits_to_keep"] = torch.tensor(kept, dtype=torch.long, device=self.device)
+        # A NaN that is read from behind a row shows in the logits only where every new token has some.
+        may_read_beyond = len(kept) == len(token_ids)
+        step = self.cache.begin_step(sequences, [len(window.token_ids) for window in windows], may_read_beyond)
+        logits = self._compute(step, inputs)
+        if step.has_read_beyond and math.isnan(logits.sum().item()):
+            step.read_by_row()
+            logits = self._compute(step, inputs)
         return logits if logits.shape[0] == len(kept) else logits[kept]
+
+    def _compute(self, step: PagedStep, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        # A mask of four dimensions is passed on as it is and never read: nobody takes the time to make one.
+        with paged_step(step):
+            return self.model(**inputs, attention_mask=self._no_mask, use_cache=False).logits[0]
 
     def _append(self, sequences: list[PagedSequence], windows: Sequence[Window]) -> None:
         done: list[tuple[PagedSequence, int]] = []

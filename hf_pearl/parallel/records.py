@@ -40,6 +40,8 @@ class CallOptions(NamedTuple):
     pad_token_id: int
     free_running: bool
     prefix_cache: bool
+    cache_salt: str
+    eight_bit_cache: bool
     max_line: int
     num_blocks: int
     processors: list[dict[str, Any]]
@@ -186,11 +188,14 @@ def _decode_begin_call(words: Sequence[int]) -> BeginCall:
         "num_blocks": (1, MAX_COUNT),
         "free_running": (False, True),
         "prefix_cache": (False, True),
+        "eight_bit_cache": (False, True),
     }
     for name, (low, high) in ranges.items():
         if type(options[name]) is not type(low):
             raise MalformedRecordError(f"`{name}` of a call is {options[name]!r}")
         _check(name, options[name], low, high)
+    if not isinstance(options["cache_salt"], str):
+        raise MalformedRecordError(f"`cache_salt` of a call is {options['cache_salt']!r}")
     if not isinstance(options["processors"], list) or not all(isinstance(p, dict) for p in options["processors"]):
         raise MalformedRecordError("`processors` of a call is no list of objects")
     return BeginCall(number, CallOptions(**options))

@@ -152,7 +152,6 @@ class DraftServer:
         self.model, self.channel, self.inbox, self.to_engine = model, channel, inbox, to_engine
         self.calibration = Calibration()
         self.cache: PagedPrefixCache | None = None
-        self.num_blocks = 0
 
     def serve(self) -> None:
         """Serve calls until told to quit."""
@@ -176,7 +175,7 @@ class DraftServer:
             outbox.fail(traceback.format_exc())
 
     def _draft(self, options: records.CallOptions, outbox: Outbox) -> None:
-        lane = ModelLane(self.model, self._cache_of(options.num_blocks), options.prefix_cache)
+        lane = ModelLane(self.model, self._cache_for(options), options.prefix_cache, options.cache_salt)
         proposer = Proposer(options.vocab_size, decode_processors(options.processors), options.pad_token_id)
         drafter = Drafter(lane, proposer, self.calibration, options.max_line, options.free_running)
         with lane.ready():
@@ -184,10 +183,10 @@ class DraftServer:
             run_draft_loop(drafter, self.inbox, lambda lines: outbox.publish(drafter, lines), options.free_running)
             outbox.publish(drafter, [], is_finished=True)
 
-    def _cache_of(self, num_blocks: int) -> PagedPrefixCache:
-        if self.cache is None or num_blocks != self.num_blocks:
-            num_layers = self.model.config.get_text_config().num_hidden_layers
-            self.cache, self.num_blocks = PagedPrefixCache(num_layers, num_blocks), num_blocks
+    def _cache_for(self, options: records.CallOptions) -> PagedPrefixCache:
+        made_for = options.num_blocks, options.eight_bit_cache
+        if self.cache is None or (self.cache.pool.max_blocks, self.cache.eight_bit) != made_for:
+            self.cache = PagedPrefixCache(self.model.config, options.num_blocks, eight_bit=options.eight_bit_cache)
         return self.cache
 
 

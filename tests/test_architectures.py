@@ -1,0 +1,128 @@
+"""Logits through the paged cache against those through `DynamicCache`, for every family of docs/models.md."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import FAMILIES, REFUSED, build
+from models import enabled_for_tiny_models
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_pearl import PagedPrefixCache, PearlUnsupportedModelError
+from hf_pearl.cache.support import check_supported
+from hf_pearl.decoding.messages import Window
+from hf_pearl.parallel.lane import ModelLane
+
+BLOCK_SIZE, NUM_BLOCKS = 4, 256
+TOLERANCE = 1e-5
+DOCS = Path(__file__).parents[1] / "docs" / "models.md"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def enabled() -> Iterator[None]:
+    with enabled_for_tiny_models():
+        yield
+
+
+def fragmented_cache(model: PreTrainedModel, chance: random.Random) -> PagedPrefixCache:
+    """A cache whose free blocks lie about in no order."""
+    cache = PagedPrefixCache(model.config, NUM_BLOCKS, BLOCK_SIZE)
+    sequences = [cache.allocate() for _ in range(NUM_BLOCKS)]
+    for sequence in sequences:
+        cache.append(sequence, 1)
+    for sequence in chance.sample(sequences, NUM_BLOCKS * 3 // 4):
+        cache.free(sequence)
+    return cache
+
+
+class Comparison:
+    """Sequences on a lane, and their tokens; every forward is compared with one through `DynamicCache`."""
+
+    def __init__(self, model: PreTrainedModel, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.model = model
+        self.lane = ModelLane(model, fragmented_cache(model, self.chance))
+        self.tokens: dict[int, list[int]] = {}
+        self.num_steps = 0
+
+    def forward(self, num_new: dict[int, int]) -> None:
+        """Compute new random tokens of some sequences in one ragged step."""
+        windows = []
+        for number, num in num_new.items():
+            if number not in self.tokens:
+                self.tokens[number] = []
+                self.lane.admit(number, (), 0)
+            new = [self.chance.randrange(1, 64) for _ in range(num)]
+            self.tokens[number] += new
+            windows.append(Window(number, tuple(new), num))
+        logits, row = self.lane.forward(windows), 0
+        for window in windows:
+            expected = self.expected(self.tokens[window.request_id])[-window.num_logits :]
+            got = logits[row : row + window.num_logits]
+            assert (got - expected).abs().max() < TOLERANCE, (self.num_steps, window.request_id)
+            row += window.num_logits
+        self.num_steps += 1
+
+    def expected(self, tokens: list[int]) -> torch.Tensor:
+        """The model's own logits: a prompt, then the rest."""
+        cache = DynamicCache(config=self.model.config)
+        half = max(1, len(tokens) - 7)
+        parts = [torch.tensor([part]) for part in (tokens[:half], tokens[half:]) if part]
+        return torch.cat([self.model(part, past_key_values=cache).logits[0] for part in parts])
+
+    def rollback(self, number: int, num_tokens: int) -> None:
+        """Drop the last tokens of a sequence."""
+        del self.tokens[number][-num_tokens:]
+        self.lane.rollback(number, len(self.tokens[number]))
+
+    def fork(self, number: int, new: int) -> None:
+        """Begin a sequence with the tokens of another."""
+        self.tokens[new] = list(self.tokens[number])
+        self.lane.fork(number, new, len(self.tokens[number]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_a_dynamic_cache(name: str) -> None:
+    """Prefill, decode, ragged windows, rollback and fork, on scattered blocks, beyond every window."""
+    model = build(FAMILIES[name])
+    check_supported(model)
+    compare = Comparison(model, 1)
+    with compare.lane.ready():
+        compare.forward({0: 200, 1: 11})
+        for _ in range(3):
+            compare.forward({0: 1, 1: 1})
+        compare.forward({0: 5, 1: 9, 2: 30})
+        compare.rollback(0, 7)
+        compare.rollback(1, 2)
+        compare.forward({1: 3, 0: 6})
+        compare.fork(0, 3)
+        compare.fork(1, 4)
+        compare.forward({0: 2, 3: 4, 1: 1, 4: 1})
+        compare.rollback(3, 3)
+        compare.forward({3: 1, 4: 3})
+        assert not any(
+            isinstance(compare.lane._sequences[number].slots(BLOCK_SIZE, 0, len(tokens)), slice)
+            for number, tokens in compare.tokens.items()
+        )
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_held_is_refused_by_name(name: str) -> None:
+    model = build(REFUSED[name])
+    with pytest.raises(PearlUnsupportedModelError, match=re.escape(REFUSED[name].particular)) as error:
+        check_supported(model)
+    assert type(model).__name__ in str(error.value)
+
+
+def test_the_table_in_the_docs_names_what_runs_here() -> None:
+    rows = [line.split("|")[1:-1] for line in DOCS.read_text().splitlines() if line.startswith("| ")]
+    runs = {cells[0].strip(): (cells[1].strip(), cells[2].strip()) for cells in rows if len(cells) == 3}
+    expected = {name: (f"`{each.model_type}`", each.particular) for name, each in FAMILIES.items()}
+    expected |= {name: (f"`{each.model_type}`", f"refused: {each.particular}") for name, each in REFUSED.items()}
+    del runs["model"]
+    assert {name: cells for name, cells in runs.items() if "---" not in name} == expected
