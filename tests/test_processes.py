@@ -252,6 +252,10 @@ def _with_quantisation(model: PreTrainedModel) -> None:
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
 
 
+def _with_packed_weights(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.up_proj = torch.ao.nn.quantized.dynamic.Linear(32, 48)
+
+
 def _with_compiled_module(model: PreTrainedModel) -> None:
     model.model.layers[0].compile()
 
@@ -277,6 +281,7 @@ REFUSED = [
     pytest.param(_with_adapter, "PEFT", id="PEFT"),
     pytest.param(_with_offloading, "accelerate", id="accelerate"),
     pytest.param(_with_quantisation, "quantised", id="quantised"),
+    pytest.param(_with_packed_weights, "packed", id="packed weights"),
     pytest.param(_with_compiled_module, "compiled", id="compiled"),
     pytest.param(_with_parametrisation, "parametrisations", id="parametrised"),
     pytest.param(_with_tensor_subclass, "_OwnTensor", id="tensor subclass"),

@@ -214,6 +214,8 @@ def _why_not_module(module: torch.nn.Module) -> str | None:
         return "carries an adapter of PEFT"
     if hasattr(module, "_hf_hook"):
         return "has a hook of accelerate (several devices, or offloaded)"
+    if type(module).__module__.startswith("torch.ao."):
+        return "is quantised, its weights are packed"
     if isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None:
         return "is compiled"
     if type(module).__module__.startswith("torch._dynamo"):
