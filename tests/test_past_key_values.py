@@ -79,7 +79,7 @@ OPERATIONS: dict[str, Operation] = {
     "batch_select_indices by mask": lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])),
     "batch_repeat_interleave": lambda cache: cache.batch_repeat_interleave(2),
     "deepcopy": lambda cache: None,
-    "reset": lambda cache: cache.reset(),
+    "reset": lambda cache: cache.reset(),  # DynamicCache's only zeroed its rows in earlier versions
 }
 
 
@@ -104,6 +104,8 @@ def test_operations_mean_what_they_mean_there(seed: int) -> None:
         elif not (name.startswith(("reorder", "batch_select")) and batch < 3) and not ("mask" in name and batch != 3):
             for cache in (ours, theirs):
                 OPERATIONS[name](cache)
+            if name == "reset":  # Theirs kept its rows in earlier versions, as zeros.
+                theirs = DynamicCache()
             batch = 3 if name == "reset" else theirs.layers[0].keys.shape[0]
             if batch > 12:
                 break

@@ -147,8 +147,8 @@ class BatchOfRows(Cache, ABC):
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens of every row; a positive number is the length to keep."""
         length = self.batch_rows[0].length if self.batch_rows else 0
-        kept = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
-        self._set_length(min(length, max(0, kept)))
+        change = int(tokens_to_remove)  # transformers passes a tensor, too
+        self._set_length(min(length, max(0, change if change > 0 else length + change)))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Make row `i` what row `beam_idx[i]` is."""
