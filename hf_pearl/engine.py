@@ -17,7 +17,7 @@ from .cache.sizing import CacheNeeds, num_blocks_for
 from .cache.support import check_supported
 from .config import PearlConfig
 from .decoding.calibration import Calibration
-from .decoding.drafting import Drafter
+from .decoding.drafting import MAX_WIDTH, Drafter
 from .decoding.loop import DecodingLoop
 from .decoding.messages import Admission
 from .decoding.noise import NoiseSource, request_seed
@@ -184,7 +184,9 @@ class PearlEngine:
             return self.workers.worker.call(vocab_size, processors, pad_token_id, free_running, config)
         lane = ModelLane(draft, self.caches["draft"], config.prefix_cache, config.cache_salt)
         proposer = Proposer(vocab_size, processors, pad_token_id)
-        drafter = Drafter(lane, proposer, self.calibration, free_running=free_running)
+        # Lanes that take turns have no time for guesses beside the likeliest line.
+        max_width = 1 if execution == "inline" else MAX_WIDTH
+        drafter = Drafter(lane, proposer, self.calibration, free_running=free_running, max_width=max_width)
         return InlineDraft(drafter, lane) if execution == "inline" else ThreadDraft(drafter, lane, free_running)
 
     @staticmethod

@@ -33,8 +33,14 @@ def new_cache(model: PreTrainedModel, **options: Any) -> PagedPrefixCache:
     return PagedPrefixCache(model.config, **{"block_size": BLOCK_SIZE, **options})
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
+BEAMS = {"num_beams": 3, "num_return_sequences": 2}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [*((architecture, {}) for architecture in ARCHITECTURES), ("llama", BEAMS), ("gemma2", BEAMS), ("gpt2", BEAMS)],
+    ids=str,
+)
 def test_generate_gives_the_same_tokens(architecture: str, options: dict[str, Any]) -> None:
     model, inputs = tiny_model(architecture, 1), padded_prompts()
     options = {**options, "do_sample": False, "max_new_tokens": 30}

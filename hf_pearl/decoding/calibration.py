@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 NUM_BINS = 16
+MAX_RANKS = 5
 
 
 class Calibration:
-    """Chance that a guess stands, by the probability the draft gave it.
+    """Chance that a guess stands, by its rank among the draft's guesses and by how sure the draft was.
 
-    A histogram over the draft's own probability. Every bin starts with the weight of a few judgements that say the
-    draft is right about itself, and forgets slowly, because acceptance drifts along a text.
+    A histogram per rank. Every bin starts with the weight of a few judgements that say the draft is right about itself,
+    and forgets slowly, because acceptance drifts along a text.
 
     Parameters
     ----------
@@ -21,21 +22,21 @@ class Calibration:
 
     def __init__(self, prior_weight: float = 4.0, memory: float = 200.0) -> None:
         centres = [(index + 0.5) / NUM_BINS for index in range(NUM_BINS)]
-        self._stood = [prior_weight * centre for centre in centres]
-        self._judged = [prior_weight] * NUM_BINS
+        self._stood = [[prior_weight * centre / (1 + rank) for centre in centres] for rank in range(MAX_RANKS)]
+        self._judged = [[prior_weight] * NUM_BINS for _ in range(MAX_RANKS)]
         self._keep = 0.5 ** (1.0 / memory)
 
-    def chance(self, probability: float) -> float:
-        """Estimated chance that a guess stands to which the draft gave `probability`."""
-        index = self._bin(probability)
-        return self._stood[index] / self._judged[index]
+    def chance(self, confidence: float, rank: int = 0) -> float:
+        """Estimated chance that the guess of a rank (0 is the likeliest) stands."""
+        index = self._bin(confidence)
+        return self._stood[rank][index] / self._judged[rank][index]
 
-    def judge(self, probability: float, stood: bool) -> None:
+    def judge(self, confidence: float, stood: bool, rank: int = 0) -> None:
         """Learn from one guess whose fate is known, given that all before it stood."""
-        index = self._bin(probability)
-        self._stood[index] = self._stood[index] * self._keep + stood
-        self._judged[index] = self._judged[index] * self._keep + 1.0
+        index = self._bin(confidence)
+        self._stood[rank][index] = self._stood[rank][index] * self._keep + stood
+        self._judged[rank][index] = self._judged[rank][index] * self._keep + 1.0
 
     @staticmethod
-    def _bin(probability: float) -> int:
-        return min(NUM_BINS - 1, max(0, int(probability * NUM_BINS)))
+    def _bin(confidence: float) -> int:
+        return min(NUM_BINS - 1, max(0, int(confidence * NUM_BINS)))

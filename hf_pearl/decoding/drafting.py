@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from ..errors import PearlOutOfBlocksError
-from .calibration import Calibration
-from .draft_tree import DraftTree
+from .calibration import MAX_RANKS, Calibration
+from .draft_tree import Candidate, DraftTree, Node
 from .messages import Admission, DraftReport, Line, Removal, Verdict, Window
-from .proposal import Proposer
+from .policy import ForwardTimes
+from .proposal import Prefix, Proposer
 
 MAX_LINE = 32
-# A line that is less likely than this to stand is not drafted further: the step would more often delay the restart
+# A guess that is less likely than this to stand is not drafted further: the step would more often delay the restart
 # after a rejection than be of use. In simulation 0.05 gave 2 to 4% more tokens per second than 0, and 0.1 no more.
-MIN_CHANCE = 0.05
+MIN_CHANCE = 0.02
+# Further guesses in a step that is made anyway cost little: those down to this share of what a row costs are taken.
+# Both found on two CPU cores, where 8 rows and a share of 0.1, best in simulation, made steps too slow.
+ROW_SHARE = 0.5
+MAX_WIDTH = 4
 MAX_PREFILL_TOKENS = 1024
 
 
@@ -55,8 +62,10 @@ class Drafter:
     max_line : int
         Guesses beyond the verified tokens at which a line waits for a verdict.
     free_running : bool
-        Whether an unlikely line is left alone. Otherwise every granted step lengthens every line, so that nothing
-        depends on what was learnt in earlier calls.
+        Whether the likeliest guesses grow, as many at a time as pays, and unlikely ones are left alone. Otherwise every
+        granted step lengthens the one line of every request, so that nothing depends on what was learnt before.
+    max_width : int
+        Guesses that a step computes at most, if it has no more requests; 1 is one line.
     """
 
     def __init__(
@@ -66,22 +75,24 @@ class Drafter:
         calibration: Calibration,
         max_line: int = MAX_LINE,
         free_running: bool = True,
+        max_width: int = MAX_WIDTH,
     ) -> None:
         self.lane = lane
         self.proposer = proposer
         self.max_line = max_line
-        self.min_chance = MIN_CHANCE if free_running else 0.0
+        self.free_running = free_running
+        self.max_width = max_width if free_running else 1
+        self.num_guesses = min(MAX_RANKS, self.max_width)
         self.calibration = calibration
         self.trees: dict[int, DraftTree] = {}
         self.num_steps = 0
-        self.step_seconds = 0.0
+        self.step_times = ForwardTimes()
         self.num_drafted = 0
-        self.num_wasted = 0
         self.num_prefilled = 0
         self.intervals: list[tuple[float, float]] = []
-        self._probabilities: dict[int, list[float]] = {}
         self._leaders: dict[tuple[int, ...], int] = {}  # prompt -> the request that computes it
         self._followed: dict[int, tuple[int, int]] = {}  # waiting request -> its leader, length of their prompt
+        self._line_numbers = itertools.count(2**40)  # sequences that hold no request's verified tokens
         self._is_out_of_memory = False
 
     def handle(self, message: Admission | Verdict | Removal) -> None:
@@ -100,8 +111,7 @@ class Drafter:
             self._admit(message.request_id, message.token_ids, message.max_length)
         else:
             self._followed[message.request_id] = leader, len(message.token_ids)
-        self.trees[message.request_id] = DraftTree(message.token_ids, message.max_length)
-        self._probabilities[message.request_id] = []
+        self.trees[message.request_id] = DraftTree(message.token_ids, message.max_length, message.request_id)
         self.proposer.admit(message)
 
     def _admit(self, request_id: int, token_ids: Sequence[int], max_length: int) -> None:
@@ -114,8 +124,8 @@ class Drafter:
             tree = self.trees[follower]
             if leader not in self.trees:
                 self._admit(follower, tree.verified, tree.max_length)
-            elif self.lane.length(leader) >= num_prompt:
-                self.lane.fork(leader, follower, num_prompt - 1)
+            elif self.lane.length(self.trees[leader].sequence) >= num_prompt:
+                self.lane.fork(self.trees[leader].sequence, follower, num_prompt - 1)
                 self.num_prefilled += 1
             else:
                 continue
@@ -124,80 +134,161 @@ class Drafter:
     def verdict(self, message: Verdict) -> None:
         """Move a request's root; keep what agrees, roll the cache back behind it."""
         tree = self.trees[message.request_id]
-        self._learn(message)
-        unchanged = tree.prune(message.number, message.token_ids)
-        if message.request_id not in self._followed and unchanged < self.lane.length(message.request_id):
-            self.lane.rollback(message.request_id, unchanged)
+        pruned = tree.prune(message.number, message.token_ids)
+        self._learn(pruned.judged)
+        if message.request_id in self._followed:
+            return
+        for sequence in pruned.dropped:
+            self.lane.release(sequence, ())
+        if tree.root.sequence is None and pruned.num_valid < self.lane.length(pruned.sequence):
+            self.lane.rollback(pruned.sequence, pruned.num_valid)
 
-    def _learn(self, message: Verdict) -> None:
-        probabilities = self._probabilities[message.request_id]
-        line, num_stood = self.trees[message.request_id].line, 0
-        for guess, probability, token in zip(line, probabilities, message.token_ids, strict=False):
-            self.calibration.judge(probability, guess == token)
-            if guess != token:
-                break
-            num_stood += 1
-        stands = num_stood == len(message.token_ids)
-        self._probabilities[message.request_id] = probabilities[num_stood:] if stands else []
+    def _learn(self, judged: Sequence[tuple[Node, int]]) -> None:
+        for node, token_id in judged:
+            for rank, child in enumerate(node.children):
+                if child.candidate is not None:
+                    self.calibration.judge(child.candidate.confidence, child.token_id == token_id, rank)
 
     def remove(self, message: Removal) -> None:
         """End a request."""
         tree = self.trees.pop(message.request_id)
         self.num_drafted += tree.num_drafted
-        self.num_wasted += tree.num_wasted + len(tree.line)
-        self._probabilities.pop(message.request_id)
         self.proposer.remove(message)
         if self._followed.pop(message.request_id, None) is None:
-            self.lane.release(message.request_id, tree.verified)
+            for sequence in tree.drop_lines():
+                self.lane.release(sequence, ())
+            self.lane.release(tree.sequence, tree.verified)
         self._is_out_of_memory = False
 
     def has_work(self) -> bool:
-        """Whether any line may grow."""
-        return not self._is_out_of_memory and any(self._may_grow(tree) for tree in self.trees.values())
+        """Whether any guess may be drafted further."""
+        if self._is_out_of_memory:
+            return False
+        least = MIN_CHANCE if self.free_running else 0.0
+        return any(node.path_chance >= least for tree in self.trees.values() for node in self._leaves(tree))
 
-    def _may_grow(self, tree: DraftTree) -> bool:
-        return tree.room > 0 and len(tree.line) < self.max_line and tree.chance >= self.min_chance
+    def _leaves(self, tree: DraftTree) -> Iterator[Node]:
+        """The guesses that have room for another one behind them."""
+        return (node for node in tree.leaves() if tree.has_room(node) and node.depth < self.max_line)
+
+    def _choose(self) -> list[tuple[DraftTree, int, Node]]:
+        """The guesses that the next step computes: in lockstep all, else the likeliest, as many as pay."""
+        found = [
+            (tree, request_id, node)
+            for request_id, tree in self.trees.items()
+            if request_id not in self._followed
+            for node in self._leaves(tree)
+        ]
+        if not self.free_running:
+            return found
+        found.sort(key=lambda each: -each[2].path_chance)
+        least = ROW_SHARE * self.row_cost
+        most = max(self.max_width, len(self.trees))
+        return [each for place, each in enumerate(found[:most]) if not place or each[2].path_chance >= least]
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of a draft step; 0.0 while unknown."""
+        return self.step_times.seconds(1)
+
+    @property
+    def row_cost(self) -> float:
+        """What one more guess in a step costs, in steps."""
+        seconds = self.step_times.seconds(1)
+        return self.step_times.per_token / seconds if seconds > 0 else 0.1
 
     def step(self) -> list[Line]:
-        """One draft forward: one more guess for every line that may grow; return these lines."""
+        """One draft forward over the guesses that are likeliest to stand; return the lines of their requests."""
         self.num_steps += 1
         if not self.has_work():
             return []
         started = time.perf_counter()
         self._fork_followers()
-        growing = [i for i, tree in self.trees.items() if i not in self._followed and self._may_grow(tree)]
-        windows = [self._window(request_id) for request_id in growing]
+        chosen = self._choose()
+        if not chosen:
+            return []
+        windows = self._windows(chosen)
         try:
             logits = self.lane.forward(windows)
         except PearlOutOfBlocksError:
-            self._is_out_of_memory = True  # Only a guess is lost; the target needs no draft.
+            self._give_up(windows)
             return []
-        ready = [window.request_id for window in windows if window.num_logits]
-        if ready:
-            for guess in self.proposer.propose(logits, [(i, self.trees[i]) for i in ready]):
-                chance = self.calibration.chance(guess.probability)
-                self.trees[guess.request_id].extend(guess.token_id, chance)
-                self._probabilities[guess.request_id].append(guess.probability)
+        computed = [(each, window) for each, window in zip(chosen, windows, strict=True) if window.num_logits]
+        self._propose(logits, computed)
         ended = time.perf_counter()
         self.intervals.append((started, ended))
         if all(len(window.token_ids) <= 4 for window in windows):  # Prefill says nothing about a draft step.
-            seconds = ended - started
-            self.step_seconds = 0.9 * self.step_seconds + 0.1 * seconds if self.step_seconds else seconds
-        return [self.line(request_id) for request_id in ready]
+            self.time_step(len(windows), ended - started)
+        return [self.line(request_id) for request_id in {each[1]: None for each, _ in computed}]
 
-    def _window(self, request_id: int) -> Window:
-        tokens = self.trees[request_id].tokens_from(self.lane.length(request_id))
-        if len(tokens) > MAX_PREFILL_TOKENS:
-            return Window(request_id, tuple(tokens[:MAX_PREFILL_TOKENS]), 0)
-        return Window(request_id, tuple(tokens), 1)
+    def time_step(self, num_guesses: int, seconds: float) -> None:
+        """Learn what a draft step costs."""
+        self.step_times.record(num_guesses, seconds)
+
+    def _propose(self, logits: torch.Tensor, computed: Sequence[tuple[tuple[DraftTree, int, Node], Window]]) -> None:
+        if not computed:
+            return
+        prefixes = [
+            Prefix(request_id, tree.length(node), partial(tree.tokens, node))
+            for (tree, request_id, node), _ in computed
+        ]
+        guesses = self.proposer.propose(logits, prefixes, self.num_guesses)
+        for ((tree, _, node), window), found in zip(computed, guesses, strict=True):
+            candidates = [
+                Candidate(guess.token_id, guess.confidence, self.calibration.chance(guess.confidence, rank))
+                for rank, guess in enumerate(found)
+            ]
+            tree.computed(node, window.request_id, candidates)
+
+    def _windows(self, chosen: Sequence[tuple[DraftTree, int, Node]]) -> list[Window]:
+        windows, taken = [], set()
+        for tree, _, node in chosen:
+            if node.parent is None:
+                tokens = tree.verified[self.lane.length(tree.sequence) :]
+                is_cut = len(tokens) > MAX_PREFILL_TOKENS
+                windows.append(Window(tree.sequence, tuple(tokens[:MAX_PREFILL_TOKENS]), int(not is_cut)))
+                continue
+            sequence = node.parent.sequence
+            assert sequence is not None
+            if sequence in taken or not tree.is_tip(node.parent):
+                new = next(self._line_numbers)
+                self.lane.fork(sequence, new, tree.length(node.parent))
+                sequence = new
+            taken.add(sequence)
+            windows.append(Window(sequence, (node.token_id,), 1))
+        return windows
+
+    def _give_up(self, windows: Sequence[Window]) -> None:
+        """Memory has run out: drop all guesses, and draft no more until a request has ended."""
+        self._is_out_of_memory = True  # Only guesses are lost; the target needs no draft.
+        held = {tree.sequence for tree in self.trees.values()}
+        dropped = {sequence for tree in self.trees.values() for sequence in tree.drop_lines()}
+        for sequence in dropped | {window.request_id for window in windows} - held:
+            self.lane.release(sequence, ())
+        for request_id, tree in self.trees.items():
+            if request_id not in self._followed and self.lane.length(tree.sequence) > tree.num_verified - 1:
+                self.lane.rollback(tree.sequence, tree.num_verified - 1)
 
     def report(self) -> DraftReport:
         """What the draft did in this call; every request must have been removed."""
-        return DraftReport(
-            len(self.intervals), self.num_drafted, self.num_wasted, self.num_prefilled, tuple(self.intervals)
-        )
+        return DraftReport(len(self.intervals), self.num_drafted, self.num_prefilled, tuple(self.intervals))
+
+    def surviving_lines(self, request_ids: Iterable[int]) -> list[Line]:
+        """The lines of which a verdict has left something; they count as a step, for those who wait for one."""
+        lines = [self.line(request_id) for request_id in request_ids if request_id in self.trees]
+        lines = [line for line in lines if line.token_ids]
+        self.num_steps += bool(lines)
+        return [line._replace(num_steps=self.num_steps) for line in lines]
 
     def line(self, request_id: int) -> Line:
         """The best line of a request as it stands."""
         tree = self.trees[request_id]
-        return Line(request_id, tree.verdict_number, self.num_steps, tree.root, tuple(tree.line), tuple(tree.chances))
+        line = tree.line()
+        return Line(
+            request_id,
+            tree.verdict_number,
+            self.num_steps,
+            tree.num_verified,
+            tuple(each.token_id for each in line),
+            tuple(each.chance for each in line),
+        )

@@ -67,6 +67,5 @@ class DraftReport(NamedTuple):
 
     num_steps: int
     num_drafted: int
-    num_wasted: int
     num_prefilled: int
     intervals: tuple[tuple[float, float], ...]

@@ -5,24 +5,34 @@ Shapes: `N` rows, `V` the target's vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from transformers import LogitsProcessorList
 
-from .draft_tree import DraftTree
 from .messages import Admission, Removal
 from .noise import NoiseSource
 from .processors import is_of_scores
 
 
 class Guess(NamedTuple):
-    """A draft token, and the probability that the draft's own distribution gives it."""
+    """A token that may come next.
+
+    `confidence` is the probability that the draft's own distribution gives the likeliest guess, and for the others how
+    near they come to it: the odds between the two, with the noise where sampling, as a probability (0.5: a tie).
+    """
+
+    token_id: int
+    confidence: float
+
+
+class Prefix(NamedTuple):
+    """Where a guess is wanted: behind `length` tokens of a request, which `token_ids()` names (padding left out)."""
 
     request_id: int
-    token_id: int
-    probability: float
+    length: int
+    token_ids: Callable[[], list[int]]
 
 
 class Proposer:
@@ -55,18 +65,23 @@ class Proposer:
         self._admissions.pop(message.request_id)
         self._noise.pop(message.request_id, None)
 
-    def propose(self, logits: torch.Tensor, requests: Sequence[tuple[int, DraftTree]]) -> list[Guess]:
-        """One guess per row of `logits` `(N, draft vocabulary)`."""
-        scores = self._process(self._fit(logits), requests)  # (N, V)
-        noisy = scores + self._noise_rows(requests, scores.device) if self._samples(requests) else scores
-        chosen = noisy.argmax(dim=-1)
-        log_probabilities = scores.gather(1, chosen[:, None])[:, 0] - scores.logsumexp(dim=-1)
-        probabilities = log_probabilities.exp().nan_to_num(0.0)  # NaN where the processors exclude every token
+    def propose(self, logits: torch.Tensor, prefixes: Sequence[Prefix], num_guesses: int = 1) -> list[list[Guess]]:
+        """The likeliest guesses per row of `logits` `(N, draft vocabulary)`; the first is the draft's own token."""
+        scores = self._process(self._fit(logits), prefixes)  # (N, V)
+        noisy = scores + self._noise_rows(prefixes, scores.device) if self._samples(prefixes) else scores
+        if num_guesses == 1:
+            chosen = noisy.argmax(dim=-1, keepdim=True)
+        else:
+            chosen = noisy.topk(min(num_guesses, self.vocab_size), dim=-1).indices
+        first = chosen[:, :1]
+        confidence = (scores.gather(1, first) - scores.logsumexp(dim=-1, keepdim=True)).exp()
+        if num_guesses > 1:
+            gaps = noisy.gather(1, chosen[:, 1:]) - noisy.gather(1, first)
+            confidence = torch.cat([confidence, gaps.sigmoid()], dim=1)
+        confidence = confidence.nan_to_num(0.0)  # NaN where the processors exclude every token
         return [
-            Guess(request_id, token_id, probability)
-            for (request_id, _), token_id, probability in zip(
-                requests, chosen.tolist(), probabilities.tolist(), strict=True
-            )
+            [Guess(*guess) for guess in zip(tokens, sure, strict=True)]
+            for tokens, sure in zip(chosen.tolist(), confidence.tolist(), strict=True)
         ]
 
     def _fit(self, logits: torch.Tensor) -> torch.Tensor:
@@ -74,26 +89,26 @@ class Proposer:
         missing = self.vocab_size - logits.shape[1]
         return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
 
-    def _process(self, scores: torch.Tensor, requests: Sequence[tuple[int, DraftTree]]) -> torch.Tensor:
+    def _process(self, scores: torch.Tensor, prefixes: Sequence[Prefix]) -> torch.Tensor:
         if not self._needs_ids:
             return self.processors(None, scores)
         rows = []
-        for row, (request_id, tree) in enumerate(requests):
-            padding = [self.pad_token_id] * self._admissions[request_id].num_padding
-            ids = torch.tensor([padding + tree.tokens_from(0)], device=scores.device)
+        for row, prefix in enumerate(prefixes):
+            padding = [self.pad_token_id] * self._admissions[prefix.request_id].num_padding
+            ids = torch.tensor([padding + prefix.token_ids()], device=scores.device)
             rows.append(self.processors(ids, scores[row : row + 1]))
         return torch.cat(rows)
 
-    def _samples(self, requests: Sequence[tuple[int, DraftTree]]) -> bool:
-        return self._admissions[requests[0][0]].seed is not None
+    def _samples(self, prefixes: Sequence[Prefix]) -> bool:
+        return self._admissions[prefixes[0].request_id].seed is not None
 
-    def _noise_rows(self, requests: Sequence[tuple[int, DraftTree]], device: torch.device) -> torch.Tensor:
+    def _noise_rows(self, prefixes: Sequence[Prefix], device: torch.device) -> torch.Tensor:
         rows = []
-        for request_id, tree in requests:
+        for request_id, length, _ in prefixes:
             if request_id not in self._noise:
                 seed = self._admissions[request_id].seed
                 if seed is None:
                     raise ValueError(f"request {request_id} is greedy among sampled ones")
                 self._noise[request_id] = NoiseSource(seed, self.vocab_size, device)
-            rows.append(self._noise[request_id].rows(tree.length, 1))
+            rows.append(self._noise[request_id].rows(length, 1))
         return torch.cat(rows)

@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 from .calibration import Calibration
-from .draft_tree import DraftTree
-from .drafting import Drafter
+from .drafting import MAX_LINE, MAX_WIDTH, Drafter
 from .loop import DecodingLoop
 from .messages import Admission, Grant, Line, Removal, Verdict, Window
 from .policy import Acceptance, ForwardTimes
-from .proposal import Guess, Proposer
+from .proposal import Guess, Prefix, Proposer
 from .request import Request
 from .rules import Rules
 from .schedule import FreeRunning, Lockstep, NoDraft
@@ -29,17 +28,31 @@ from .verification import Verifier
 
 
 class TracedGuess(NamedTuple):
-    """The draft's guess at one position: whether it was the target's token, and the probability the draft gave it."""
+    """The draft's guesses at one position.
+
+    Attributes
+    ----------
+    stands : bool
+        Whether the likeliest was the target's token.
+    probability : float
+        What the draft gave it.
+    rank : int or None
+        Which of its guesses was the target's token; None: none of them.
+    others : tuple of float
+        How near the second, third, ... came to the first (`Guess.confidence`).
+    """
 
     stands: bool
     probability: float
+    rank: int | None = None
+    others: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a draft step, and of a target forward by the number of its tokens."""
+    """Seconds of a draft step by the number of guesses in it, and of a target forward by the number of its tokens."""
 
-    draft_step: float
+    draft_step: Callable[[int], float]
     target_forward: Callable[[int], float]
 
 
@@ -103,14 +116,31 @@ class RecordedProposer(Proposer):
         super().__init__(2, LogitsProcessorList())
         self._traces = traces
 
-    def propose(self, logits: torch.Tensor, requests: Sequence[tuple[int, DraftTree]]) -> list[Guess]:
-        """One guess per request, at the end of its line."""
-        guesses = []
-        for request_id, tree in requests:
-            traced = self._traces[request_id][tree.length - 1]
-            stands = traced.stands and all(tree.line)
-            guesses.append(Guess(request_id, int(stands), traced.probability))
-        return guesses
+    def propose(self, logits: torch.Tensor, prefixes: Sequence[Prefix], num_guesses: int = 1) -> list[list[Guess]]:
+        """The traced guesses: token 1 is the target's, every other one is wrong."""
+        return [self._guesses(prefix)[:num_guesses] for prefix in prefixes]
+
+    def _guesses(self, prefix: Prefix) -> list[Guess]:
+        traced = self._traces[prefix.request_id][prefix.length - 1]
+        is_right = all(token == 1 for token in prefix.token_ids()[1:][-MAX_LINE:])
+        rank = (0 if traced.stands else traced.rank) if is_right else None
+        confidences = (traced.probability, *traced.others)
+        return [Guess(1 if place == rank else 2 + place, each) for place, each in enumerate(confidences)]
+
+
+class TimedDrafter(Drafter):
+    """A drafter that takes the costs for the times of its steps."""
+
+    width = 1
+
+    def __init__(self, costs: Costs, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._costs = costs
+
+    def time_step(self, num_guesses: int, seconds: float) -> None:
+        """Learn the virtual time of a step."""
+        self.width = num_guesses
+        super().time_step(num_guesses, self._costs.draft_step(num_guesses))
 
 
 class VirtualDraft:
@@ -118,7 +148,7 @@ class VirtualDraft:
 
     concurrent = True
 
-    def __init__(self, drafter: Drafter, costs: Costs, clock: VirtualClock, free_running: bool) -> None:
+    def __init__(self, drafter: TimedDrafter, costs: Costs, clock: VirtualClock, free_running: bool) -> None:
         self._drafter = drafter
         self._costs = costs
         self._clock = clock
@@ -133,7 +163,7 @@ class VirtualDraft:
     @property
     def step_seconds(self) -> float:
         """The true time of a draft step."""
-        return self._costs.draft_step
+        return self._costs.draft_step(1)
 
     @property
     def max_line(self) -> int:
@@ -181,16 +211,23 @@ class VirtualDraft:
         """Hear what is there, and begin a step if there is one to make."""
         if self._step_ends is not None:
             return
+        heard: dict[int, None] = {}
         while not self._granted and self._inbox:
             message = self._inbox.popleft()
             if isinstance(message, Grant):
                 self._granted += message.num_steps
             else:
                 self._drafter.handle(message)
+                if isinstance(message, Verdict):
+                    heard[message.request_id] = None
+        if self._free_running and heard:
+            self._made = self._drafter.surviving_lines(heard)
+            if self._made:
+                self._publish()
         if self._granted or (self._free_running and self._drafter.has_work()):
             self._granted = max(0, self._granted - 1)
             self._made = self._drafter.step()
-            self._step_ends = self._clock.now + (self._costs.draft_step if self._made else 0.0)
+            self._step_ends = self._clock.now + (self._costs.draft_step(self._drafter.width) if self._made else 0.0)
 
 
 def simulate_run(
@@ -198,6 +235,7 @@ def simulate_run(
     costs: Costs,
     draft_length: int | str | None = "auto",
     overlap: bool = True,
+    max_width: int = MAX_WIDTH,
 ) -> SimulatedRun:
     """Decode traces, one per row, in virtual time.
 
@@ -207,6 +245,8 @@ def simulate_run(
         As in `PearlConfig`; None is plain decoding.
     overlap : bool
         As in `PearlConfig`.
+    max_width : int
+        Guesses in a draft step at most; 1 is one line.
     """
     clock = VirtualClock()
     draft: VirtualDraft | None = None
@@ -220,7 +260,8 @@ def simulate_run(
     if draft_length is not None:
         lane = RecordedLane(lambda windows: None)
         free_running = draft_length == "auto" and overlap
-        drafter = Drafter(lane, RecordedProposer(traces), Calibration(), free_running=free_running)
+        proposer = RecordedProposer(traces)
+        drafter = TimedDrafter(costs, lane, proposer, Calibration(), free_running=free_running, max_width=max_width)
         draft = VirtualDraft(drafter, costs, clock, free_running)
     return _run(traces, RecordedLane(advance_target), draft, clock, draft_length, overlap)
 

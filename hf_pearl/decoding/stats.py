@@ -19,7 +19,7 @@ class PearlStats:
     draft_steps : int
         Forwards of the draft.
     drafted_tokens : int
-        Tokens the draft guessed.
+        Tokens the draft guessed; beside each of them it may have noted others that are less likely.
     verified_draft_tokens : int
         Of these, the ones that went into a target forward.
     accepted_tokens : int

@@ -34,8 +34,9 @@ def run_draft_loop(drafter: Drafter, inbox: Inbox, publish: Callable[[list[Line]
     """
     granted = 0
     while True:
+        heard: dict[int, None] = {}
         while not granted:
-            idle = not free_running or not drafter.has_work()
+            idle = not free_running or not (drafter.has_work() or heard)
             try:
                 message = inbox.get(block=idle)
             except EndOfCall:
@@ -46,5 +47,11 @@ def run_draft_loop(drafter: Drafter, inbox: Inbox, publish: Callable[[list[Line]
                 granted += message.num_steps
             else:
                 drafter.handle(message)
+                if isinstance(message, Verdict):
+                    heard[message.request_id] = None
+        if free_running and heard:
+            lines = drafter.surviving_lines(heard)
+            if lines:  # What stood ready for this verdict is of use before the next step ends.
+                publish(lines)
         publish(drafter.step())
         granted = max(0, granted - 1)

@@ -13,7 +13,7 @@ from .worker_process import WorkerProcess
 
 FINISH_SECONDS = 2.0  # for the report of a call, which a worker in the middle of a step sends late
 POLL_SECONDS = 0.1
-_NO_STATUS = Status(0, False, 0, 0, 0, 0, 0, 0.0)
+_NO_STATUS = Status(0, False, 0, 0, 0, 0, 0.0)
 
 
 class ProcessDraft:
@@ -162,7 +162,7 @@ class ProcessDraft:
         if not self._is_over:
             self._last = self._status
         self.abort()
-        counts = (self._last.num_intervals, self._last.num_drafted, self._last.num_wasted, self._last.num_prefilled)
+        counts = (self._last.num_intervals, self._last.num_drafted, self._last.num_prefilled)
         return DraftReport(*counts, tuple(self._intervals))
 
     def abort(self) -> None:

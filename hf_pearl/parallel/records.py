@@ -26,7 +26,7 @@ MAX_OPTIONS_BYTES = 2**20
 _ADMISSION, _VERDICT, _REMOVAL, _GRANT, _BEGIN_CALL, _END_CALL, _CLEAR, _QUIT = range(1, 9)
 _WORD_MASK = 2**32 - 1
 _LINE_HEAD = struct.Struct("<6q")
-_STATUS = struct.Struct("<qqqqqqqd")
+_STATUS = struct.Struct("<qqqqqqd")
 
 
 class MalformedRecordError(PearlWorkerError):
@@ -79,7 +79,6 @@ class Status(NamedTuple):
     num_steps: int
     num_intervals: int
     num_drafted: int
-    num_wasted: int
     num_prefilled: int
     step_seconds: float
 

@@ -130,7 +130,6 @@ class Outbox:
             drafter.num_steps,
             self._num_intervals,
             drafter.num_drafted,
-            drafter.num_wasted,
             drafter.num_prefilled,
             drafter.step_seconds,
         )
@@ -141,7 +140,7 @@ class Outbox:
         """Tell what went wrong in the call, and that it is over."""
         content = text.encode(errors="replace")[-(ERROR_BYTES - 8) :]
         self._channel.error.write(struct.pack("<q", self.call) + content)
-        self._channel.status.write(records.encode_status(Status(self.call, True, 0, 0, 0, 0, 0, 0.0)))
+        self._channel.status.write(records.encode_status(Status(self.call, True, 0, 0, 0, 0, 0.0)))
         os.eventfd_write(self._to_engine, 1)
 
 
@@ -214,7 +213,7 @@ def main() -> None:
     try:
         inbox = Inbox(channel, arguments, lifeline)
         server = DraftServer(model, channel, inbox, arguments.to_engine)
-        channel.status.write(records.encode_status(Status(0, True, 0, 0, 0, 0, 0, 0.0)))
+        channel.status.write(records.encode_status(Status(0, True, 0, 0, 0, 0, 0.0)))
         os.eventfd_write(arguments.to_engine, 1)
         server.serve()
     except ParentGone:
