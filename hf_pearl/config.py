@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 MAX_SALT = 1024
 _EXECUTIONS = ("auto", "inline", "threads", "processes")
@@ -53,7 +55,7 @@ class PearlConfig:
     overlap: bool = True
     verification: Literal["coupled", "rejection"] = "coupled"
     cache_memory: int | str = "auto"
-    cache_dtype: Literal["auto", "float8_e4m3fn"] = "auto"
+    cache_dtype: Literal["auto", "float8_e4m3fn"] | torch.dtype = "auto"
     prefix_cache: bool = True
     cache_salt: str = ""
     seed: int | None = None
@@ -63,7 +65,7 @@ class PearlConfig:
             _check_int("draft_length", self.draft_length, 1, 32, 'or "auto"')
         _check_choice("execution", self.execution, _EXECUTIONS)
         _check_choice("verification", self.verification, ("coupled", "rejection"))
-        _check_choice("cache_dtype", self.cache_dtype, ("auto", "float8_e4m3fn"))
+        _check_choice("cache_dtype", self.cache_dtype, ("auto", "float8_e4m3fn", torch.float8_e4m3fn))
         if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT:
             raise ValueError(
                 f"`cache_salt` must be a string of at most {MAX_SALT} characters, got {self.cache_salt!r}."
@@ -89,7 +91,7 @@ class PearlConfig:
     @property
     def eight_bit_cache(self) -> bool:
         """Whether keys and values are kept in 8 bits."""
-        return self.cache_dtype == "float8_e4m3fn"
+        return self.cache_dtype != "auto"
 
     @classmethod
     def from_argument(cls, pearl: Any) -> PearlConfig | None:
@@ -121,6 +123,6 @@ def _check_int(name: str, value: object, low: int, high: int, also: str) -> None
         raise ValueError(f"`{name}` must be between {low} and {high}, {also}, got {value}.")
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -35,6 +35,7 @@ from .parallel.draft_workers import DraftWorkers, Execution
 from .parallel.inline import InlineDraft
 from .parallel.lane import ModelLane, output_vocab_size
 from .parallel.memory import cache_share
+from .parallel.probe import check_computed
 from .parallel.processes import ProcessDraft
 from .parallel.threads import ThreadDraft
 
@@ -96,7 +97,11 @@ class PearlEngine:
             num_evicted = cache.statistics.evicted_blocks
             requests = self._requests(target, prompts, rules, call_seed)
             target_lane = ModelLane(target, cache, config.prefix_cache, config.cache_salt)
-            with target_lane.ready(), self._draft(target_lane, draft, requests, rules, config, stats) as runner:
+            with (
+                self._sound_caches(),
+                target_lane.ready(),
+                self._draft(target_lane, draft, requests, rules, config, stats) as runner,
+            ):
                 verifier = Verifier(requests, rules, target_lane.device)
                 schedule = self._schedule(runner, config)
                 loop = DecodingLoop(target_lane, requests, verifier, schedule, runner, stats)
@@ -108,6 +113,16 @@ class PearlEngine:
             stats.target_seconds = sum(end - start for start, end in loop.intervals)
             stats.total_seconds = time.perf_counter() - started
             return requests, stats
+
+    @contextmanager
+    def _sound_caches(self) -> Iterator[None]:
+        """Begin the caches anew after an interrupt: it may have come while blocks changed hands."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            for cache in self.caches.values():
+                cache.start_anew()
+            raise
 
     def clear(self) -> None:
         """Forget every cached prefix, as soon as no call is running."""
@@ -236,6 +251,7 @@ class PearlEngine:
         models = {"target": target} if draft is None else {"target": target, "draft": draft}
         for model in models.values():
             check_supported(model)
+            check_computed(model)
         needs = [CacheNeeds.of(model, config.eight_bit_cache) for model in models.values()]
         num_blocks = num_blocks_for(
             needs, config.cache_bytes, lambda device: self._share(device, list(models.values()))

@@ -19,13 +19,19 @@ def fingerprint(model: torch.nn.Module) -> Hashable:
     """A value that differs after a training step, an adapter switch or `load_state_dict`.
 
     It covers every parameter and buffer by identity, storage, address, version counter and optimizer steps, and the
-    active adapters and forward hooks. What it cannot see: other writes that go around autograd's version counter
-    (`tensor.data`, numpy views, raw pointers), and code or configuration that is put in place of another;
+    active adapters, forward hooks and autocast. What it cannot see: other writes that go around autograd's version
+    counter (`tensor.data`, numpy views, raw pointers), and code or configuration that is put in place of another;
     `hf_pearl.clear_cache(model)` is for these.
     """
     _watch_optimizers()
     tensors = tuple(_state(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
-    return tensors, _active_adapters(model), _hooks(model)
+    return tensors, _active_adapters(model), _hooks(model), _autocast(model)
+
+
+def _autocast(model: torch.nn.Module) -> Hashable:
+    """What autocast makes of the model's arithmetic here; None where it is off."""
+    kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 @functools.cache

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import FAMILIES, REFUSED, build
+from architectures import FAMILIES, REFUSED, Family, build
 from models import enabled_for_tiny_models
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_pearl import PagedPrefixCache, PearlUnsupportedModelError
-from hf_pearl.cache.support import check_supported
+from hf_pearl.cache.sizing import CacheNeeds
+from hf_pearl.cache.support import TESTED_FAMILIES, check_supported
 from hf_pearl.decoding.messages import Window
 from hf_pearl.parallel.lane import ModelLane
+from hf_pearl.parallel.probe import check_computed
 
 BLOCK_SIZE, NUM_BLOCKS = 4, 256
 TOLERANCE = 1e-5
@@ -105,6 +107,8 @@ def test_logits_are_those_of_a_dynamic_cache(name: str) -> None:
         compare.forward({0: 2, 3: 4, 1: 1, 4: 1})
         compare.rollback(3, 3)
         compare.forward({3: 1, 4: 3})
+        cache = compare.lane.cache
+        assert cache.num_bytes == NUM_BLOCKS * CacheNeeds.of(model).bytes_per_block(BLOCK_SIZE)
         assert not any(
             isinstance(compare.lane._sequences[number].slots(BLOCK_SIZE, 0, len(tokens)), slice)
             for number, tokens in compare.tokens.items()
@@ -117,6 +121,32 @@ def test_what_cannot_be_held_is_refused_by_name(name: str) -> None:
     with pytest.raises(PearlUnsupportedModelError, match=re.escape(REFUSED[name].particular)) as error:
         check_supported(model)
     assert type(model).__name__ in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["diffllama", "bart"])
+def test_a_family_that_no_test_knows_is_tried_and_refused_if_it_differs(model_type: str) -> None:
+    options = {"bart": {"d_model": 32, "is_decoder": True}, "diffllama": {"num_key_value_heads": 2}}[model_type]
+    model = build(Family(model_type, options))
+    with pytest.raises(PearlUnsupportedModelError, match=f"trial.*{model_type}"):
+        check_computed(model)
+
+
+def test_a_family_that_no_test_knows_runs_if_it_does_not_differ() -> None:
+    model = build(Family("seed_oss", {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}))
+    assert model.config.model_type not in TESTED_FAMILIES
+    check_computed(model)
+    check_computed(model)
+
+
+def test_windows_of_a_family_that_no_test_knows_are_refused() -> None:
+    model = build(FAMILIES["Mistral"])
+    model.config.model_type = "unknown"
+    with pytest.raises(PearlUnsupportedModelError, match="windows"):
+        check_computed(model)
+
+
+def test_the_tested_families_are_those_that_need_no_trial() -> None:
+    assert {family.model_type for family in FAMILIES.values()} == TESTED_FAMILIES
 
 
 def test_the_table_in_the_docs_names_what_runs_here() -> None:

@@ -59,16 +59,18 @@ def paged_attention(model: PreTrainedModel) -> Iterator[None]:
     where `paged_step` is set.
     """
     configs = attention_configs(model)
-    with _switch_lock:
-        for config in configs:
-            users, original = _switched.get(id(config), (0, config._attn_implementation))
-            _switched[id(config)] = (users + 1, original)
-            set_attention_implementation(config, ATTENTION_NAME)
+    switched = []
     try:
+        with _switch_lock:
+            for config in configs:
+                users, original = _switched.get(id(config), (0, config._attn_implementation))
+                switched.append(config)
+                _switched[id(config)] = (users + 1, original)
+                set_attention_implementation(config, ATTENTION_NAME)
         yield
     finally:
         with _switch_lock:
-            for config in configs:
+            for config in switched:
                 users, original = _switched[id(config)]
                 if users > 1:
                     _switched[id(config)] = (users - 1, original)

@@ -74,7 +74,7 @@ class BatchOfRows(Cache, ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store `(B, K, T, D)`; return all keys and values `(B, K, L, D)`, a view where they lie side by side.
 
-        No gradient flows through what is returned.
+        Gradients flow into `key_states` and `value_states`, not into what earlier calls have stored.
 
         Raises
         ------
@@ -85,6 +85,8 @@ class BatchOfRows(Cache, ABC):
         """
         layer, batch = self.layers[layer_idx], key_states.shape[0]
         start, end = layer.num_tokens, layer.num_tokens + key_states.shape[2]
+        if not self.batch_rows:
+            self.before_first_rows(key_states.device)
         self._make_room(batch, end)
         slots = self._slots(key_states.device, start, end)
         if layer.pools is None:
@@ -92,11 +94,17 @@ class BatchOfRows(Cache, ABC):
         with torch.no_grad():
             layer.write(slots.new, _side_by_side(key_states), _side_by_side(value_states))
         layer.num_tokens = end
-        keys, values = layer.read(slots.every)
-        return _in_rows(keys, batch), _in_rows(values, batch)
+        keys, values = (_in_rows(states, batch) for states in layer.read(slots.every))
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            keys, values = (
+                torch.cat([stored[:, :, :start], new], dim=2)
+                for stored, new in ((keys, key_states), (values, value_states))
+            )
+        return keys, values
 
     def _make_room(self, num_rows: int, length: int) -> None:
-        if not self.batch_rows:
+        is_first = not self.batch_rows
+        if is_first:
             self.batch_rows = [self.allocate() for _ in range(num_rows)]
         if num_rows != len(self.batch_rows):
             raise ValueError(
@@ -112,6 +120,8 @@ class BatchOfRows(Cache, ABC):
         except PearlOutOfBlocksError:
             for row in self.batch_rows:
                 self.rollback(row, before)
+            if is_first:
+                self.batch_rows = []
             raise
 
     def _slots(self, device: torch.device, start: int, end: int) -> RowSlots:
@@ -140,9 +150,18 @@ class BatchOfRows(Cache, ABC):
         self._row_slots = None
 
     def reset(self) -> None:
-        """Drop all rows."""
+        """Drop all rows; the next ones may be of another dtype and on another device."""
         self._select([])
         self._set_length(0)
+        self.rows_are_gone()
+
+    @abstractmethod
+    def before_first_rows(self, device: torch.device) -> None:
+        """Keys and values are about to come from `device`."""
+
+    @abstractmethod
+    def rows_are_gone(self) -> None:
+        """Nothing is left of the batch."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens of every row; a positive number is the length to keep."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 from ..errors import PearlOutOfBlocksError
 from .free_runs import FreeRuns
@@ -25,7 +25,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, max_blocks: int) -> None:
         self.num_blocks = 0
         self.max_blocks = max_blocks
-        self._counts: list[int] = []
+        self._counts: defaultdict[int, int] = defaultdict(int)
         self._free = FreeRuns()
         self._cached: OrderedDict[int, None] = OrderedDict()
         self.grow(num_blocks)
@@ -65,7 +65,6 @@ class BlockPool:
     def grow(self, num_blocks: int) -> None:
         """Have `num_blocks` blocks in all; the new ones are free."""
         self._free.add(self.num_blocks, num_blocks)
-        self._counts.extend([0] * (num_blocks - self.num_blocks))
         self.num_blocks = max(self.num_blocks, num_blocks)
 
     def take(self, after: int | None, expected: int = 0) -> int | None:

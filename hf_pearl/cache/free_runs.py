@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class FreeRuns:
-    """A set of block numbers, stored as maximal runs; every operation but `place` takes constant time."""
+    """A set of block numbers, stored as maximal runs. Taking the block behind a sequence takes constant time."""
 
     def __init__(self) -> None:
         self._end_of: dict[int, int] = {}  # first block of a run -> the block behind it
@@ -58,10 +58,18 @@ class FreeRuns:
         self.add(block + 1, end)
 
     def _place(self, expected: int) -> int:
-        """Where a sequence of `expected + 1` blocks begins: in the smallest gap that holds it, else in the largest."""
+        """Where a sequence of `expected + 1` blocks begins: in the smallest gap that holds it.
+
+        A gap is what is left of a run behind what the sequence before it is likely to take. If none is large enough, it
+        is the largest gap, and if they are all taken by expectations, the middle of the longest run.
+        """
         gaps = []
         for start, end in self._end_of.items():
-            reserved = min(self._expected.get(start - 1, 0), end - start - 1)
+            reserved = min(self._expected.get(start - 1, 0), end - start)
             gaps.append((end - start - reserved, start + reserved))
         fitting = [gap for gap in gaps if gap[0] > expected]
-        return min(fitting)[1] if fitting else max(gaps, key=lambda gap: (gap[0], -gap[1]))[1]
+        if fitting:
+            return min(fitting)[1]
+        largest, place = max(gaps, key=lambda gap: (gap[0], -gap[1]))
+        start, end = max(self._end_of.items(), key=lambda run: (run[1] - run[0], -run[0]))
+        return place if 2 * largest >= end - start else (start + end) // 2

@@ -143,9 +143,11 @@ class PagedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: pools are made on first use."""
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def update(self, *args: Any, **kwargs: Any) -> Any:
         """Not here: blocks belong to all layers together."""
-        raise TypeError("call `update` of the PagedPrefixCache, not of one of its layers")
+        raise TypeError("call the method of the PagedPrefixCache, not of one of its layers")
+
+    reset = reorder_cache = crop = offload = prefetch = update
 
 
 def _put(pool: torch.Tensor, slots: Slots, new: torch.Tensor) -> None:
@@ -165,9 +167,10 @@ def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> to
     """Zeros. On a CPU the operating system provides the memory page by page, when it is first written to."""
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
     try:
-        if device.type != "cpu" or not num_bytes:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-        return torch.frombuffer(_memory(num_bytes), dtype=dtype).view(*shape)
+        with torch.inference_mode(False):  # A tensor made in inference mode could not be written to outside it.
+            if device.type != "cpu" or not num_bytes:
+                return torch.zeros(*shape, dtype=dtype, device=device)
+            return torch.frombuffer(_memory(num_bytes), dtype=dtype).view(*shape)
     except (torch.OutOfMemoryError, MemoryError, OSError) as error:
         raise PearlOutOfBlocksError(
             f"there is no memory for {num_bytes} more bytes of the paged cache on {device}. Lower "

@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig
 from ..errors import PearlOutOfBlocksError
 from .batch import BatchOfRows
 from .block_pool import BlockPool
+from .cache_arguments import check_arguments
 from .paged_layer import PagedLayer
 from .paged_sequence import PagedSequence
 from .prefix_index import PrefixIndex
@@ -66,21 +67,24 @@ class PagedPrefixCache(BatchOfRows):
         eight_bit: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        if block_size < 1 or block_size & (block_size - 1):
-            raise ValueError(f"`block_size` must be a power of two, got {block_size}.")
-        num_layers = config.get_text_config().num_hidden_layers
-        super().__init__([PagedLayer(eight_bit) for _ in range(num_layers)])
+        check_arguments(config, max_blocks, block_size, eight_bit)
+        super().__init__([PagedLayer(eight_bit) for _ in range(config.get_text_config().num_hidden_layers)])
         self.config = config
         self.block_size = block_size
         self.eight_bit = eight_bit
-        self.device = torch.device(device)
-        if max_blocks is None:
-            needs = CacheNeeds(config, config.dtype or torch.get_default_dtype(), self.device, eight_bit)
-            max_blocks = num_blocks_for([needs], None, memory_share, block_size)
-        # A CPU's memory is taken page by page, when it is first written to; elsewhere the pools grow.
-        self.pool = BlockPool(max_blocks if self.device.type == "cpu" else INITIAL_BLOCKS, max_blocks)
+        self._max_blocks = max_blocks
         self.index = PrefixIndex(block_size)
         self.statistics = CacheStatistics()
+        self._settle(torch.device(device))
+
+    def _settle(self, device: torch.device) -> None:
+        """Find out how many blocks there may be on a device."""
+        self.device, max_blocks = device, self._max_blocks
+        if max_blocks is None:
+            needs = CacheNeeds(self.config, self.config.dtype or torch.get_default_dtype(), device, self.eight_bit)
+            max_blocks = num_blocks_for([needs], None, memory_share, self.block_size)
+        # A CPU's memory is taken page by page, when it is first written to; elsewhere the pools grow.
+        self.pool = BlockPool(max_blocks if device.type == "cpu" else min(INITIAL_BLOCKS, max_blocks), max_blocks)
 
     @property
     def num_slots(self) -> int:
@@ -119,16 +123,14 @@ class PagedPrefixCache(BatchOfRows):
         entry = self.index.entry(block)
         in_place = self.pool.is_cached(block) and entry is not None and len(entry.token_ids) == num_tokens
         self.pool.reference(block)  # It must not be evicted for its own copy.
-        if in_place:
-            sequence.push(block)
-            sequence.length += num_tokens
-            return
-        own = self._take(sequence)
+        own = block if in_place else self._take(sequence)
         if own is not None:
-            self._copy(block, own)
             sequence.push(own)
             sequence.length += num_tokens
-        self.pool.release(block, keep=block in self.index)
+        if own is not None and not in_place:
+            self._copy(block, own)
+        if not in_place:
+            self.pool.release(block, keep=block in self.index)
 
     def append(self, sequence: PagedSequence, num_tokens: int) -> None:
         """Make room for `num_tokens` more tokens; all or nothing.
@@ -208,12 +210,9 @@ class PagedPrefixCache(BatchOfRows):
 
     def fork(self, sequence: PagedSequence) -> PagedSequence:
         """A second sequence with the same tokens; it takes memory only where the two go on differently."""
-        forked = PagedSequence(sequence.salt, sequence.expected_length)
         for block in sequence.block_table:
             self.pool.reference(block)
-            forked.push(block)
-        forked.length = sequence.length
-        return forked
+        return sequence.copy()
 
     def rollback(self, sequence: PagedSequence, length: int) -> None:
         """Drop every token from position `length` on."""
@@ -260,6 +259,22 @@ class PagedPrefixCache(BatchOfRows):
         for layer in self.layers:
             layer.pools = None
 
+    def before_first_rows(self, device: torch.device) -> None:
+        """Make room on another kind of device than expected, if nothing is held yet."""
+        if self.device.type != device.type and not self.pool.num_referenced and not len(self.index):
+            self._settle(device)
+
+    def rows_are_gone(self) -> None:
+        """Make new pools for the next batch, unless other sequences are in use."""
+        if not self.pool.num_referenced:
+            self.reset_pools()
+
+    def start_anew(self) -> None:
+        """Forget all sequences and prefixes, and whose blocks they were: after an interrupt, which comes anywhere."""
+        self.pool = BlockPool(self.pool.num_blocks, self.pool.max_blocks)
+        self.index.clear()
+        self.batch_rows = []
+
     def begin_step(
         self, sequences: Sequence[PagedSequence], num_new: Sequence[int], may_read_beyond: bool = False
     ) -> PagedStep:
@@ -268,9 +283,7 @@ class PagedPrefixCache(BatchOfRows):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedPrefixCache:
         """A cache with a copy of the batch's rows, and with no other sequences or prefixes."""
-        copied = PagedPrefixCache(
-            self.config, self.pool.max_blocks, self.block_size, eight_bit=self.eight_bit, device=self.device
-        )
+        copied = PagedPrefixCache(self.config, self._max_blocks, self.block_size, self.eight_bit, self.device)
         memo[id(self)] = copied
         self.copy_rows(copied)
         return copied
@@ -284,5 +297,3 @@ class PagedPrefixCache(BatchOfRows):
         wrong = [block for block, count in enumerate(counts) if count != self.pool.count(block)]
         if wrong:
             raise RuntimeError(f"reference counts of blocks {wrong} differ from the block tables that name them")
-        if self.pool.num_free + self.pool.num_cached + self.pool.num_referenced != self.pool.num_blocks:
-            raise RuntimeError("free, cached and referenced blocks do not add up to the pool")

@@ -32,6 +32,13 @@ class PagedSequence:
         self.expected_length = expected_length
         self._run_starts: list[int] = []  # places in the block table where a run of neighbours begins
 
+    def copy(self) -> PagedSequence:
+        """The same sequence again."""
+        copied = PagedSequence(self.salt, self.expected_length)
+        copied.length = self.length
+        copied.block_table, copied._run_starts = self.block_table.copy(), self._run_starts.copy()
+        return copied
+
     @property
     def last_block(self) -> int | None:
         """The last block of the table."""
@@ -49,10 +56,9 @@ class PagedSequence:
             self._run_starts.pop()
         return self.block_table.pop()
 
-    def replace(self, blocks: Sequence[int], start: int = 0) -> None:
-        """Put `blocks` in the place of as many blocks from `start` on."""
-        table = list(self.block_table)
-        table[start : start + len(blocks)] = blocks
+    def replace(self, blocks: Sequence[int]) -> None:
+        """Put `blocks` in the place of as many blocks at the start."""
+        table = [*blocks, *self.block_table[len(blocks) :]]
         self.block_table, self._run_starts = [], []
         for block in table:
             self.push(block)

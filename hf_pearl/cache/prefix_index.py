@@ -74,7 +74,7 @@ class PrefixIndex:
         return hashlib.blake2b(parent + payload, key=self._key, digest_size=16).digest()
 
     def _root(self, salt: str) -> bytes:
-        return self._digest(b"", salt.encode())
+        return self._digest(b"", salt.encode("utf-8", "surrogatepass"))
 
     def _child(self, parent: bytes, token_ids: tuple[int, ...]) -> bytes:
         return self._digest(parent, b"".join(token.to_bytes(8, "little") for token in token_ids))

@@ -47,8 +47,14 @@ class CacheNeeds(NamedTuple):
         config = self.config.get_text_config()
         num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        bytes_per_head = head_dim + 4 if self.eight_bit else head_dim * self.dtype.itemsize
-        return 2 * config.num_hidden_layers * num_heads * bytes_per_head * block_size
+        key_dim = value_dim = head_dim
+        if getattr(config, "kv_lora_rank", None):  # Latent attention is kept expanded.
+            num_heads = config.num_attention_heads
+            key_dim, value_dim = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+        elif getattr(config, "multi_query", False):
+            num_heads = 1
+        per_head = sum(dim + 4 if self.eight_bit else dim * self.dtype.itemsize for dim in (key_dim, value_dim))
+        return config.num_hidden_layers * num_heads * per_head * block_size
 
 
 def num_blocks_for(
@@ -72,6 +78,8 @@ def num_blocks_for(
 
 
 def _blocks_within(num_bytes: int, needs: Sequence[CacheNeeds], block_size: int) -> int:
+    if num_bytes > 2**50:
+        raise ValueError(f"`cache_memory` of {num_bytes} bytes is more than a machine has. Set it lower.")
     per_block = sum(each.bytes_per_block(block_size) for each in needs)
     if num_bytes < per_block:
         raise ValueError(

@@ -11,6 +11,43 @@ from ..errors import PearlUnsupportedModelError
 
 # Kinds of layers, as `config.layer_types` names them, that keep keys and values and nothing else.
 _PAGED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
+# Families whose logits tests compare (docs/models.md); a model of another one is tried before its first use.
+TESTED_FAMILIES = frozenset(
+    {
+        "cohere",
+        "cohere2",
+        "deepseek_v3",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm4",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "gpt_oss",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "opt",
+        "persimmon",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    }
+)
 # Frequencies that depend on the longest position in the forward: one sequence would change the others.
 _ROW_DEPENDENT_ROTARY = frozenset({"dynamic", "longrope"})
 
@@ -19,19 +56,31 @@ def check_supported(model: PreTrainedModel) -> None:
     """Raise `PearlUnsupportedModelError`, naming model and layer, unless the paged cache can hold `model`."""
     config = model.config.get_text_config()
     if not supports_attention_interface(model):
-        raise _unsupported(model, "its attention layers do not go through transformers' AttentionInterface")
+        raise unsupported(model, "its attention layers do not go through transformers' AttentionInterface")
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _PAGED_LAYERS)
     if others:
-        raise _unsupported(model, f"it has layers of the kind {', '.join(map(repr, others))}")
+        raise unsupported(model, f"it has layers of the kind {', '.join(map(repr, others))}")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise unsupported(model, "its tokens see those behind them (use_bidirectional_attention)")
+    try:
+        getattr(config, "head_dim", None)
+    except AttributeError as error:
+        raise unsupported(model, "its layers have heads of different sizes") from error
     if getattr(config, "num_kv_shared_layers", None):
-        raise _unsupported(model, "some of its layers use the keys and values of others (num_kv_shared_layers)")
+        raise unsupported(model, "some of its layers use the keys and values of others (num_kv_shared_layers)")
     for rotary_type in _rotary_types(getattr(config, "rope_parameters", None)):
         if rotary_type in _ROW_DEPENDENT_ROTARY:
-            raise _unsupported(
+            raise unsupported(
                 model,
                 f"its rotary embedding is scaled by the longest sequence of a batch (rope_type {rotary_type!r}), so "
                 f"that sequences would change each other",
             )
+
+
+def has_windows(config: Any) -> bool:
+    """Whether some layer's queries look back a limited number of tokens."""
+    kinds = getattr(config, "layer_types", None) or ()
+    return bool(getattr(config, "sliding_window", None)) or "sliding_attention" in kinds
 
 
 def _rotary_types(parameters: Any) -> list[str]:
@@ -43,7 +92,8 @@ def _rotary_types(parameters: Any) -> list[str]:
     return [kind for nested in parameters.values() for kind in _rotary_types(nested)]
 
 
-def _unsupported(model: PreTrainedModel, reason: str) -> PearlUnsupportedModelError:
+def unsupported(model: PreTrainedModel, reason: str) -> PearlUnsupportedModelError:
+    """The error that says why, and what to do."""
     return PearlUnsupportedModelError(
         f"{type(model).__name__} cannot run on the paged cache: {reason}. "
         f"Call `generate` without `pearl` for this model."

@@ -122,10 +122,11 @@ class Drafter:
         """Give every request that waits for another one's prompt its share of it, all but the last token."""
         for follower, (leader, num_prompt) in list(self._followed.items()):
             tree = self.trees[follower]
-            if leader not in self.trees:
+            leading = self.trees.get(leader)
+            if leading is None or not leading.has_room(leading.root):  # It will not compute its prompt.
                 self._admit(follower, tree.verified, tree.max_length)
-            elif self.lane.length(self.trees[leader].sequence) >= num_prompt:
-                self.lane.fork(self.trees[leader].sequence, follower, num_prompt - 1)
+            elif self.lane.length(leading.sequence) >= num_prompt:
+                self.lane.fork(leading.sequence, follower, num_prompt - 1)
                 self.num_prefilled += 1
             else:
                 continue

@@ -41,7 +41,8 @@ class Scheduler:
 
     def _admit(self, request: Request) -> None:
         num_cached = self.target.admit(request.request_id, request.verified, request.max_length)
-        self.stats.prefilled_tokens += len(request.verified) - num_cached
+        if not request.num_verdicts:
+            self.stats.prefilled_tokens += len(request.verified) - num_cached
         self.resident[request.request_id] = request
 
     def waiting(self) -> list[Request]:
@@ -58,7 +59,7 @@ class Scheduler:
 
     def preempt(self) -> bool:
         """Take the last request that can wait out of the cache; False if nobody can, or it would be the only one."""
-        able = [request for request in self.waiting() if request.request_id not in self._followers]
+        able = self.waiting()
         if not self.may_preempt or len(self.resident) < 2 or not able:
             return False
         request = max(able, key=lambda request: request.request_id)

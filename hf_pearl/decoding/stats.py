@@ -81,7 +81,7 @@ class PearlStats:
     @property
     def cache_hit_rate(self) -> float:
         """Share of the prompt tokens that the target did not have to compute."""
-        return max(0.0, 1.0 - self.prefilled_tokens / self.prompt_tokens) if self.prompt_tokens else 0.0
+        return 1.0 - self.prefilled_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     @property
     def acceptance_rate(self) -> float:

@@ -63,9 +63,9 @@ class ModelLane:
         Inside, every sequence that was admitted is freed, whatever happens.
         """
         training = [module for module in self.model.modules() if module.training]
-        if training:
-            self.model.eval()
         try:
+            if training:
+                self.model.eval()
             with paged_attention(self.model), torch.no_grad():
                 yield
         finally:
