@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict
 
 from ..errors import PearlOutOfBlocksError
 from .free_runs import FreeRuns
@@ -25,7 +25,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, max_blocks: int) -> None:
         self.num_blocks = 0
         self.max_blocks = max_blocks
-        self._counts: defaultdict[int, int] = defaultdict(int)
+        self._counts: Counter[int] = Counter()
         self._free = FreeRuns()
         self._cached: OrderedDict[int, None] = OrderedDict()
         self.grow(num_blocks)
@@ -53,6 +53,11 @@ class BlockPool:
     def count(self, block: int) -> int:
         """How many block tables name `block`."""
         return self._counts[block]
+
+    @property
+    def counts(self) -> Counter[int]:
+        """How many block tables name each block that was ever taken."""
+        return self._counts
 
     def is_cached(self, block: int) -> bool:
         """Whether `block` is unreferenced and kept for the prefix index."""

@@ -18,6 +18,7 @@ the last block where that is not so (copy on write).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -290,10 +291,7 @@ class PagedPrefixCache(BatchOfRows):
 
     def check_integrity(self, sequences: Sequence[PagedSequence]) -> None:
         """Raise `RuntimeError` unless the books balance; `sequences` are all those in use, but for a batch's rows."""
-        counts = [0] * self.pool.num_blocks
-        for sequence in (*sequences, *self.batch_rows):
-            for block in sequence.block_table:
-                counts[block] += 1
-        wrong = [block for block, count in enumerate(counts) if count != self.pool.count(block)]
+        counts = Counter(block for sequence in (*sequences, *self.batch_rows) for block in sequence.block_table)
+        wrong = sorted(block for block in counts | self.pool.counts if counts[block] != self.pool.count(block))
         if wrong:
             raise RuntimeError(f"reference counts of blocks {wrong} differ from the block tables that name them")
