@@ -39,6 +39,7 @@ import hf_pearl
 from hf_pearl import PearlConfig
 from hf_pearl.decoding.messages import Admission, Grant, Line, Removal, Verdict
 from hf_pearl.parallel import processes, records, shared_memory, worker_process
+from hf_pearl.parallel.cores import available_cores
 from hf_pearl.parallel.draft_workers import DraftWorker
 from hf_pearl.parallel.processor_specs import decode_processors, encode_processors
 from hf_pearl.parallel.records import MalformedRecordError
@@ -208,7 +209,7 @@ def test_the_callers_threads_are_given_back(
 def test_auto_takes_a_process_on_a_cpu_with_several_cores(
     target: PreTrainedModel, draft: PreTrainedModel, prompt: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert os.cpu_count() == 1 or decode(target, draft, prompt, True).pearl.execution == "processes"
+    assert len(available_cores()) == 1 or decode(target, draft, prompt, True).pearl.execution == "processes"
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     assert decode(target, draft, prompt, True).pearl.execution == "inline"
 
@@ -299,7 +300,7 @@ def test_what_a_process_cannot_load_is_refused_by_name(change: Callable[[Any], N
     assert reason in str(raised.value)
 
 
-@pytest.mark.skipif(os.cpu_count() == 1, reason="on one core the lanes take turns")
+@pytest.mark.skipif(len(available_cores()) == 1, reason="on one core the lanes take turns")
 def test_auto_uses_a_thread_for_it_and_says_so_once(
     target: PreTrainedModel, prompt: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
