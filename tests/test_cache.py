@@ -395,6 +395,7 @@ def test_a_partly_filled_last_block_is_used_again_in_place_or_copied() -> None:
     assert len({each.block_table[0] for each in (first, second, third)}) == 3
     assert cache.statistics.copied_blocks == 2
     assert (cache.statistics.hit_tokens, cache.statistics.queried_tokens) == (15, 6 + 8 + 8 + 5)
+    assert cache.statistics.hit_rate == 15 / 27
 
 
 def test_a_longer_prefix_takes_the_place_of_its_part() -> None:

@@ -35,15 +35,13 @@ class Scheduler:
         for request in requests:
             leader = leaders.setdefault(tuple(request.verified), request.request_id)
             if leader == request.request_id:
-                self._admit(request)
+                stats.prefilled_tokens += len(request.verified) - self._admit(request)
             else:
                 self._followers.setdefault(leader, []).append(request)
 
-    def _admit(self, request: Request) -> None:
-        num_cached = self.target.admit(request.request_id, request.verified, request.max_length)
-        if not request.num_verdicts:
-            self.stats.prefilled_tokens += len(request.verified) - num_cached
+    def _admit(self, request: Request) -> int:
         self.resident[request.request_id] = request
+        return self.target.admit(request.request_id, request.verified, request.max_length)
 
     def waiting(self) -> list[Request]:
         """The requests that a forward could serve now."""
