@@ -19,8 +19,9 @@ from transformers import LlamaConfig
 from hf_pearl import PagedPrefixCache, PearlOutOfBlocksError
 from hf_pearl.cache import PagedSequence
 from hf_pearl.cache.block_pool import BlockPool
+from hf_pearl.cache.paged_layer import as_numbers
 from hf_pearl.cache.prefix_index import PrefixIndex
-from hf_pearl.cache.step import Attention, PagedStep, as_numbers
+from hf_pearl.cache.step import Attention, PagedStep
 from hf_pearl.decoding.messages import Window
 from hf_pearl.parallel.lane import ModelLane
 

@@ -19,8 +19,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 import hf_pearl
 from hf_pearl import PagedPrefixCache, PearlConfig, engine
 from hf_pearl.cache import PagedSequence, sdpa
+from hf_pearl.cache.paged_layer import as_numbers
 from hf_pearl.cache.prefix_index import PrefixIndex
-from hf_pearl.cache.step import PagedStep, as_numbers
+from hf_pearl.cache.step import PagedStep
 from hf_pearl.decoding import schedule
 from hf_pearl.decoding.messages import Line, Window
 from hf_pearl.decoding.noise import NoiseSource, gumbel_noise, request_seed

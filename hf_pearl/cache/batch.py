@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..errors import PearlOutOfBlocksError
-from .paged_layer import PagedLayer, Slots
+from .paged_layer import PagedLayer, Slots, as_numbers
 from .paged_sequence import PagedSequence
 
 
@@ -195,8 +195,7 @@ def _joined(parts: Sequence[Slots], device: torch.device) -> Slots:
     runs = [part for part in parts if isinstance(part, slice)]
     if len(runs) == len(parts) and all(run.stop == after.start for run, after in pairwise(runs)):
         return slice(runs[0].start, runs[-1].stop)
-    numbers = [torch.arange(part.start, part.stop) if isinstance(part, slice) else part for part in parts]
-    return torch.cat(numbers).to(device)
+    return torch.cat([as_numbers(part) for part in parts]).to(device)
 
 
 def _side_by_side(states: torch.Tensor) -> torch.Tensor:

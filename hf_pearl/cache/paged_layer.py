@@ -19,6 +19,11 @@ FLOAT8 = torch.float8_e4m3fn
 Slots = slice | torch.Tensor  # neighbours, or `(n,)` numbers of any slots
 
 
+def as_numbers(slots: Slots) -> torch.Tensor:
+    """Slot numbers `(n,)`."""
+    return torch.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
+
+
 class SlotPool:
     """One vector per head and slot, `(1, K, N, D)`, in the model's dtype or in 8 bits.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .paged_layer import PagedLayer, SlotPool, Slots
+from .paged_layer import PagedLayer, SlotPool, Slots, as_numbers
 
 if TYPE_CHECKING:
     from .step import Attention
@@ -127,7 +127,7 @@ def padded_batch(
 def _gathered_slots(spans: Sequence[Span], num_keys: int) -> torch.Tensor:
     slots = torch.zeros(len(spans), num_keys, dtype=torch.long)
     for row, span in enumerate(spans):
-        own = torch.arange(span.slots.start, span.slots.stop) if isinstance(span.slots, slice) else span.slots.cpu()
+        own = as_numbers(span.slots).cpu()
         slots[row, : span.num_keys], slots[row, span.num_keys :] = own, own[0]
     return slots.flatten()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .paged_layer import Slots
+from .paged_layer import Slots, as_numbers
 from .sdpa import SdpaPlan, Span, find_strided
 
 if TYPE_CHECKING:
@@ -118,8 +118,3 @@ class PagedStep:
             slots = sequence.slots(self.cache.block_size, first, sequence.length)
             spans.append(Span(slots if isinstance(slots, slice) else slots.to(device), sequence.length - first, num))
         return spans
-
-
-def as_numbers(slots: Slots) -> torch.Tensor:
-    """Slot numbers `(n,)`."""
-    return torch.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
