@@ -107,6 +107,9 @@ def test_logits_are_those_of_a_dynamic_cache(name: str) -> None:
         compare.forward({0: 2, 3: 4, 1: 1, 4: 1})
         compare.rollback(3, 3)
         compare.forward({3: 1, 4: 3})
+        compare.fork(0, 5)
+        for num_new in ({0: 1, 5: 1}, {0: 2, 3: 1, 5: 4}, {0: 1, 3: 1, 5: 1}):  # one prefix, read once for all
+            compare.forward(num_new)
         cache = compare.lane.cache
         assert cache.num_bytes == NUM_BLOCKS * CacheNeeds.of(model).bytes_per_block(BLOCK_SIZE)
         assert not any(

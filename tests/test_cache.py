@@ -347,6 +347,24 @@ def test_two_requests_with_one_prompt_in_one_step_share_its_first_copy() -> None
     assert [cache.pool.count(block) for block in first] == [1] * 4
 
 
+def test_what_follows_an_evicted_block_is_forgotten_with_it() -> None:
+    """A fork may hold an indexed block behind its own copy of the one before it, which is evicted."""
+    cache = new_cache(3)
+    first = computed(cache, [*range(BLOCK_SIZE), 0])
+    fork = cache.fork(first.paged)
+    other = computed(cache, list(range(BLOCK_SIZE)))
+    for sequence, tokens in ((other.paged, list(range(BLOCK_SIZE))), (first.paged, first.tokens)):
+        cache.insert_prefix(sequence, tokens)
+        cache.free(sequence)
+    assert (len(cache.index), cache.pool.num_cached) == (2, 1)
+    last = cache.allocate()
+    cache.append(last, 1)
+    assert (len(cache.index), cache.pool.num_cached, cache.statistics.evicted_blocks) == (0, 0, 1)
+    cache.free(fork)
+    cache.free(last)
+    assert cache.pool.num_free == 3
+
+
 def test_a_shared_block_is_counted_by_everyone_who_reads_it() -> None:
     cache = new_cache()
     finish(cache, computed(cache, A))

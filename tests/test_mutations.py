@@ -260,7 +260,7 @@ def free_a_shared_block(patch: pytest.MonkeyPatch) -> None:
 
 
 def keep_the_entry_of_an_evicted_block(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PrefixIndex, "forget", lambda index, block: None)
+    patch.setattr(PrefixIndex, "forget", lambda index, block: [])
 
 
 def index_draft_tokens(patch: pytest.MonkeyPatch) -> None:

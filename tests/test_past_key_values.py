@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,8 @@ from models import ARCHITECTURES, enabled_for_tiny_models, left_padded, tiny_mod
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_pearl import PagedPrefixCache, PearlOutOfBlocksError
+from hf_pearl.cache import batch as batch_of_rows
+from hf_pearl.cache.paged_layer import EvenRows
 
 BLOCK_SIZE = 4
 LENGTHS = (9, 23, 40)
@@ -85,13 +88,16 @@ OPERATIONS: dict[str, Operation] = {
     "batch_select_indices by mask": lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])),
     "batch_repeat_interleave": lambda cache: cache.batch_repeat_interleave(2),
     "deepcopy": lambda cache: None,
+    "pickle": lambda cache: None,
     "reset": lambda cache: cache.reset(),  # DynamicCache's only zeroed its rows in earlier versions
 }
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_operations_mean_what_they_mean_there(seed: int) -> None:
+@pytest.mark.parametrize("room", [4, batch_of_rows.MIN_EXPECTED_LENGTH])
+def test_operations_mean_what_they_mean_there(seed: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random operations and updates, in both caches; keys and values are compared after every update."""
+    monkeypatch.setattr(batch_of_rows, "MIN_EXPECTED_LENGTH", room)
     chance, model = random.Random(seed), tiny_model("llama", 1)
     ours, theirs, batch = new_cache(model), DynamicCache(), 3
     generator = torch.Generator().manual_seed(seed)
@@ -107,6 +113,8 @@ def test_operations_mean_what_they_mean_there(seed: int) -> None:
             assert ours.get_mask_sizes(5, 1) == theirs.get_mask_sizes(5, 1)
         elif name == "deepcopy":
             ours, theirs = copy.deepcopy(ours), copy.deepcopy(theirs)
+        elif name == "pickle":
+            ours, theirs = (pickle.loads(pickle.dumps(cache)) for cache in (ours, theirs))
         elif not (name.startswith(("reorder", "batch_select")) and batch < 3) and not ("mask" in name and batch != 3):
             for cache in (ours, theirs):
                 OPERATIONS[name](cache)
@@ -129,6 +137,43 @@ def test_rows_share_memory_until_they_differ() -> None:
     for layer in range(2):
         cache.update(states[:, :, :1].expand(16, -1, -1, -1), states[:, :, :1].expand(16, -1, -1, -1), layer)
     assert cache.pool.num_referenced == 26
+
+
+def test_rows_are_read_as_a_view_however_long_they_become(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They move when their room for 8 tokens is used up, and then have room for 18, and for 42."""
+    monkeypatch.setattr(batch_of_rows, "MIN_EXPECTED_LENGTH", 4)
+    cache, places = new_cache(tiny_model("llama", 1)), set()
+    states = torch.randn(3, 2, 40, 4)
+    cache.update(states[:, :, :3], states[:, :, :3], 0)
+    for length in range(4, 41):
+        new = states[:, :, length - 1 : length]
+        keys, values = cache.update(new, new, 0)
+        assert torch.equal(keys, states[:, :, :length]) and torch.equal(values, keys)
+        assert isinstance(cache._row_slots.slots, EvenRows)
+        places.add(cache._row_slots.slots)
+        cache.check_integrity([])
+    assert len(places) == 3
+    assert cache.pool.num_referenced == 30
+
+
+def test_keys_saved_for_a_backward_pass_are_not_written_to() -> None:
+    cache = new_cache(tiny_model("llama", 1))
+    query, states = torch.randn(2, 2, 1, 4, requires_grad=True), torch.randn(2, 2, 3, 4)
+    scores = []
+    for _ in range(2):
+        keys, _ = cache.update(states, states, 0)
+        scores.append((query @ keys.transpose(2, 3)).sum())
+    torch.stack(scores).sum().backward()
+    assert torch.allclose(query.grad, 3 * states.sum(dim=2, keepdim=True))
+
+
+def test_a_pickled_cache_is_as_large_as_what_is_in_use() -> None:
+    cache = new_cache(tiny_model("llama", 1))
+    states = torch.randn(1, 2, 40, 8)
+    cache.update(states, states, 1)
+    pickled = pickle.dumps(cache)
+    assert len(pickled) < 2 * 2 * states.nbytes
+    assert torch.equal(pickle.loads(pickled).states()[1][0], states)
 
 
 def test_a_copy_takes_only_what_is_in_use() -> None:

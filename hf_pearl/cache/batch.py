@@ -7,25 +7,43 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
 
 from ..errors import PearlOutOfBlocksError
-from .paged_layer import PagedLayer, Slots, as_numbers
+from .block_pool import BlockPool
+from .paged_layer import EvenRows, PagedLayer, SlotPool, as_numbers, find_even_rows
 from .paged_sequence import PagedSequence
+
+MIN_EXPECTED_LENGTH = 256
 
 
 class RowSlots(NamedTuple):
-    """Where a step's tokens lie: made by the first layer, used by all."""
+    """Where the tokens of a step lie, those from `start` on being new: made by the first layer, used by all.
+
+    `slots` are even rows, which are read as one view, or `(B * end,)` to gather.
+    """
 
     device: torch.device
     start: int
     end: int
-    new: Slots
-    every: Slots
+    slots: EvenRows | torch.Tensor
+
+    def write(self, pool: SlotPool, states: torch.Tensor) -> None:
+        """Store `(B, K, T, D)`."""
+        if isinstance(self.slots, EvenRows):
+            pool.view(self.slots, states.shape[0], self.start, self.end).copy_(states)
+        else:
+            new = self.slots.unflatten(0, (states.shape[0], self.end))[:, self.start :].flatten()
+            pool.write(new, states.transpose(0, 1).flatten(1, 2)[None])
+
+    def read(self, pool: SlotPool, num_rows: int) -> torch.Tensor:
+        """All keys or values `(B, K, L, D)`."""
+        if isinstance(self.slots, EvenRows):
+            return pool.view(self.slots, num_rows, 0, self.end)
+        return pool.read(self.slots)[0].unflatten(1, (num_rows, self.end)).transpose(0, 1)
 
 
 class BatchOfRows(Cache, ABC):
@@ -33,11 +51,19 @@ class BatchOfRows(Cache, ABC):
 
     layers: list[PagedLayer]
     block_size: int
+    eight_bit: bool
+    pool: BlockPool
 
     def __init__(self, layers: list[PagedLayer]) -> None:
         super().__init__(layers=layers)
         self.batch_rows: list[PagedSequence] = []
         self._row_slots: RowSlots | None = None
+        self._moves_from = 0
+
+    @property
+    @abstractmethod
+    def options(self) -> tuple[Any, ...]:
+        """What it was made with."""
 
     @property
     @abstractmethod
@@ -45,7 +71,7 @@ class BatchOfRows(Cache, ABC):
         """Tokens that the pools have room for."""
 
     @abstractmethod
-    def allocate(self) -> PagedSequence:
+    def allocate(self, *, expected_length: int = 0) -> PagedSequence:
         """A new sequence."""
 
     @abstractmethod
@@ -72,7 +98,7 @@ class BatchOfRows(Cache, ABC):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store `(B, K, T, D)`; return all keys and values `(B, K, L, D)`, a view where they lie side by side.
+        """Store `(B, K, T, D)`; return all keys and values `(B, K, L, D)`, as a view where gradients do not matter.
 
         Gradients flow into `key_states` and `value_states`, not into what earlier calls have stored.
 
@@ -91,21 +117,22 @@ class BatchOfRows(Cache, ABC):
         slots = self._slots(key_states.device, start, end)
         if layer.pools is None:
             layer.make_pools(self.num_slots, key_states, value_states)
-        with torch.no_grad():
-            layer.write(slots.new, _side_by_side(key_states), _side_by_side(value_states))
+        assert layer.pools is not None
         layer.num_tokens = end
-        keys, values = (_in_rows(states, batch) for states in layer.read(slots.every))
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            keys, values = (
-                torch.cat([stored[:, :, :start], new], dim=2)
-                for stored, new in ((keys, key_states), (values, value_states))
-            )
+        with torch.no_grad():
+            for pool, states in zip(layer.pools, (key_states, value_states), strict=True):
+                slots.write(pool, states)
+            keys, values = (slots.read(pool, batch) for pool in layer.pools)
+        if torch.is_grad_enabled():
+            return _for_autograd(keys, key_states), _for_autograd(values, value_states)
         return keys, values
 
     def _make_room(self, num_rows: int, length: int) -> None:
         is_first = not self.batch_rows
         if is_first:
-            self.batch_rows = [self.allocate() for _ in range(num_rows)]
+            self._moves_from = length + 1
+            expected_length = 2 * max(length, MIN_EXPECTED_LENGTH)
+            self.batch_rows = [self.allocate(expected_length=expected_length) for _ in range(num_rows)]
         if num_rows != len(self.batch_rows):
             raise ValueError(
                 f"the cache holds {len(self.batch_rows)} rows, got keys and values of {num_rows}; call its `reset()` "
@@ -124,13 +151,41 @@ class BatchOfRows(Cache, ABC):
                 self.batch_rows = []
             raise
 
+    def _even_rows(self, length: int) -> EvenRows | None:
+        """Where the rows lie, if one view reads them. Where they meet each other they move, with room for as much."""
+        if self.eight_bit:
+            return None
+        even = find_even_rows([row.slots(self.block_size, 0, length) for row in self.batch_rows])
+        if even is None and length >= self._moves_from:
+            self._moves_from = 2 * length
+            if all(self.pool.count(block) == 1 for row in self.batch_rows for block in row.block_table):
+                self._move_rows()
+                even = find_even_rows([row.slots(self.block_size, 0, length) for row in self.batch_rows])
+        return even
+
+    def _move_rows(self) -> None:
+        rows = self.batch_rows
+        kept, dropped = [self.allocate(expected_length=2 * row.length) for row in rows], rows
+        try:
+            for new, row in zip(kept, rows, strict=True):
+                self.append(new, row.length)
+        except PearlOutOfBlocksError:  # They can stay where they are.
+            kept, dropped = rows, kept
+        else:
+            for row, new in zip(rows, kept, strict=True):
+                for layer in self.layers:
+                    layer.copy(*(each.slots(self.block_size, 0, row.length) for each in (row, new)))
+        self.batch_rows = kept
+        for row in dropped:
+            self.free(row)
+
     def _slots(self, device: torch.device, start: int, end: int) -> RowSlots:
         if self._row_slots is None or self._row_slots[:3] != (device, start, end):
-            new, every = (
-                _joined([row.slots(self.block_size, first, end) for row in self.batch_rows], device)
-                for first in (start, 0)
-            )
-            self._row_slots = RowSlots(device, start, end, new, every)
+            slots: EvenRows | torch.Tensor | None = self._even_rows(end)
+            if slots is None:
+                every = [as_numbers(row.slots(self.block_size, 0, end)) for row in self.batch_rows]
+                slots = torch.cat(every).to(device)
+            self._row_slots = RowSlots(device, start, end, slots)
         return self._row_slots
 
     def _select(self, chosen: Sequence[int]) -> None:
@@ -181,28 +236,38 @@ class BatchOfRows(Cache, ABC):
         """Have every row `repeats` times."""
         self._select([row for row in range(len(self.batch_rows)) for _ in range(repeats)])
 
-    def copy_rows(self, target: BatchOfRows) -> None:
-        """Put the same rows into another cache of the same model, which has none."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle: the batch's rows, and no other sequences or prefixes."""
+        return _restored, (type(self), self.options, self.states())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchOfRows:
+        """A cache with a copy of the batch's rows, and with no other sequences or prefixes."""
+        memo[id(self)] = copied = _restored(type(self), self.options, self.states())
+        return copied
+
+    def states(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """A copy of the keys and values `(B, K, L, D)` of every layer that holds some."""
+        states = {}
         for layer_index, layer in enumerate(self.layers):
             if layer.num_tokens:
                 every = [row.slots(self.block_size, 0, layer.num_tokens) for row in self.batch_rows]
-                keys, values = (torch.cat(states) for states in zip(*map(layer.read, every), strict=True))
-                target.update(keys, values, layer_index)
+                keys, values = (torch.cat(rows) for rows in zip(*map(layer.read, every), strict=True))
+                states[layer_index] = keys, values
+        return states
 
 
-def _joined(parts: Sequence[Slots], device: torch.device) -> Slots:
-    """The slots of several rows, in order: still a slice where the rows lie side by side."""
-    runs = [part for part in parts if isinstance(part, slice)]
-    if len(runs) == len(parts) and all(run.stop == after.start for run, after in pairwise(runs)):
-        return slice(runs[0].start, runs[-1].stop)
-    return torch.cat([as_numbers(part) for part in parts]).to(device)
+def _restored(
+    kind: type[BatchOfRows], options: tuple[Any, ...], states: dict[int, tuple[torch.Tensor, torch.Tensor]]
+) -> BatchOfRows:
+    cache = kind(*options)
+    with torch.no_grad():
+        for layer_index, (keys, values) in states.items():
+            cache.update(keys, values, layer_index)
+    return cache
 
 
-def _side_by_side(states: torch.Tensor) -> torch.Tensor:
-    """`(B, K, T, D)` to `(1, K, B * T, D)`."""
-    return states if states.shape[0] == 1 else states.transpose(0, 1).flatten(1, 2)[None]
-
-
-def _in_rows(states: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """`(1, K, B * L, D)` to `(B, K, L, D)`."""
-    return states if num_rows == 1 else states[0].unflatten(1, (num_rows, -1)).transpose(0, 1)
+def _for_autograd(stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """What may be saved for a backward pass: the next step must not write to it."""
+    if not new.requires_grad:
+        return stored.clone()
+    return torch.cat([stored[:, :, : -new.shape[2]], new], dim=2)

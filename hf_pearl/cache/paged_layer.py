@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -22,6 +22,23 @@ Slots = slice | torch.Tensor  # neighbours, or `(n,)` numbers of any slots
 def as_numbers(slots: Slots) -> torch.Tensor:
     """Slot numbers `(n,)`."""
     return torch.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
+
+
+class EvenRows(NamedTuple):
+    """Where sequences lie whose first slots are `distance` apart, each in one run: they are read as one view."""
+
+    first: int
+    distance: int
+
+
+def find_even_rows(rows: Sequence[Slots]) -> EvenRows | None:
+    """Where sequences lie, if it is so."""
+    starts = [slots.start for slots in rows if isinstance(slots, slice)]
+    if len(starts) < len(rows):
+        return None
+    first, distance = starts[0], starts[1] - starts[0] if len(starts) > 1 else 0
+    is_even = all(start == first + row * distance for row, start in enumerate(starts))
+    return EvenRows(first, distance) if is_even and distance >= 0 else None
 
 
 class SlotPool:
@@ -73,7 +90,13 @@ class SlotPool:
             return _get(self.data, slots)
         return (_get(self.data, slots).view(FLOAT8).float() * _get(self.scales, slots)).to(self.dtype)
 
-    def copy(self, source: slice, target: slice) -> None:
+    def view(self, rows: EvenRows, num_rows: int, start: int, end: int) -> torch.Tensor:
+        """The slots from `start` to `end - 1` of every row, `(S, K, n, D)`; not where they are kept in 8 bits."""
+        heads, num_slots, dim = self.data.shape[1:]
+        strides = (rows.distance * dim, num_slots * dim, dim, 1)
+        return self.data.as_strided((num_rows, heads, end - start, dim), strides, (rows.first + start) * dim)
+
+    def copy(self, source: Slots, target: Slots) -> None:
         """Copy slots."""
         for part in self._parts():
             part[:, :, target] = part[:, :, source]
@@ -118,7 +141,7 @@ class PagedLayer(CacheLayerMixin):
         assert self.pools is not None
         return self.pools[0].read(slots), self.pools[1].read(slots)
 
-    def copy(self, source: slice, target: slice) -> None:
+    def copy(self, source: Slots, target: Slots) -> None:
         """Copy slots."""
         for pool in self.pools or ():
             pool.copy(source, target)

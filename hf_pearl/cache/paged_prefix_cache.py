@@ -191,7 +191,8 @@ class PagedPrefixCache(BatchOfRows):
         if block is None and self._grow():
             block = self.pool.take(after, max(0, expected))
         if block is None and (evicted := self.pool.evict()) is not None:
-            self.index.forget(evicted)
+            for follower in self.index.forget(evicted):  # Those that another sequence holds, behind its own copy.
+                self.pool.drop(follower)
             self.statistics.evicted_blocks += 1
             block = self.pool.take(after, max(0, expected))
         return block
@@ -282,12 +283,10 @@ class PagedPrefixCache(BatchOfRows):
         """The plan of a forward over the last `num_new[i]` tokens of `sequences[i]`; see `PagedStep`."""
         return PagedStep(self, sequences, num_new, may_read_beyond)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PagedPrefixCache:
-        """A cache with a copy of the batch's rows, and with no other sequences or prefixes."""
-        copied = PagedPrefixCache(self.config, self._max_blocks, self.block_size, self.eight_bit, self.device)
-        memo[id(self)] = copied
-        self.copy_rows(copied)
-        return copied
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """What it was made with."""
+        return self.config, self._max_blocks, self.block_size, self.eight_bit, self.device
 
     def check_integrity(self, sequences: Sequence[PagedSequence]) -> None:
         """Raise `RuntimeError` unless the books balance; `sequences` are all those in use, but for a batch's rows."""

@@ -56,8 +56,8 @@ class PrefixIndex:
         self._key = os.urandom(32)
         self._full: dict[bytes, IndexedBlock] = {}
         self._by_block: dict[int, IndexedBlock] = {}
-        # (parent, first token) -> blocks that follow it, oldest first: what a prompt may share a part of.
-        self._followers: dict[tuple[int | str, int], list[IndexedBlock]] = {}
+        # Parent -> first token -> number -> block: what follows a block, oldest first, and may be shared in part.
+        self._followers: dict[int | str, dict[int, dict[int, IndexedBlock]]] = {}
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class PrefixIndex:
         rest = token_ids[start : min(start + size, end)]
         best, longest = None, 0
         if rest:
-            for follower in self._followers.get((parent, rest[0]), ())[-MAX_CANDIDATES:]:
+            for follower in self._last_followers(parent, rest[0]):
                 shared = num_shared(follower.token_ids, rest)
                 if shared > longest:
                     best, longest = follower.block, shared
@@ -132,7 +132,7 @@ class PrefixIndex:
             parent = found.number
         rest = tuple(token_ids[len(standing) * self.block_size :])
         if rest and not any(
-            follower.token_ids[: len(rest)] == rest for follower in self._followers.get((parent, rest[0]), ())
+            follower.token_ids[: len(rest)] == rest for follower in self._last_followers(parent, rest[0])
         ):
             superseded += self._add(IndexedBlock(block_table[len(standing)], rest, next(self._numbers), parent, b""))
         return standing, superseded
@@ -140,30 +140,40 @@ class PrefixIndex:
     def _add(self, new: IndexedBlock) -> list[int]:
         """Enter a block; name those that held a part of it and are no longer needed."""
         self.forget(new.block)
-        followers = self._followers.setdefault((new.parent, new.token_ids[0]), [])
         parts = [
             each.block
-            for each in followers
+            for each in self._last_followers(new.parent, new.token_ids[0])
             if len(each.token_ids) < self.block_size and each.token_ids == new.token_ids[: len(each.token_ids)]
         ]
-        followers.append(new)
+        self._followers.setdefault(new.parent, {}).setdefault(new.token_ids[0], {})[new.number] = new
         self._by_block[new.block] = new
         for block in parts:
             self.forget(block)
         return parts
 
-    def forget(self, block: int) -> None:
-        """Remove the entry of a block, if it has one."""
-        entry = self._by_block.pop(block, None)
-        if entry is None:
-            return
-        if self._full.get(entry.digest) is entry:
-            del self._full[entry.digest]
-        key = entry.parent, entry.token_ids[0]
-        followers = self._followers[key]
-        followers.remove(entry)
-        if not followers:
-            del self._followers[key]
+    def _last_followers(self, parent: int | str, first: int) -> list[IndexedBlock]:
+        """The latest blocks that follow a block and begin with a token: all prompts may begin with one (BOS)."""
+        followers = self._followers.get(parent, {}).get(first, {})
+        return list(itertools.islice(reversed(followers.values()), MAX_CANDIDATES))
+
+    def forget(self, block: int) -> list[int]:
+        """Remove the entry of a block, if it has one, and of all that follow it; name their blocks."""
+        forgotten = [block] if block in self._by_block else []
+        for each in forgotten:
+            entry = self._by_block.pop(each)
+            if self._full.get(entry.digest) is entry:
+                del self._full[entry.digest]
+            first = entry.token_ids[0]
+            siblings = self._followers.get(entry.parent, {})  # Gone already where the parent is.
+            alike = siblings.get(first, {})
+            alike.pop(entry.number, None)
+            if not alike:
+                siblings.pop(first, None)
+            if not siblings:
+                self._followers.pop(entry.parent, None)
+            for followers in self._followers.pop(entry.number, {}).values():
+                forgotten += [follower.block for follower in followers.values()]
+        return forgotten
 
     def clear(self) -> None:
         """Forget every block."""

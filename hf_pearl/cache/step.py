@@ -5,17 +5,21 @@ Shapes: `T` packed tokens of all sequences of a step, `H` query heads, `K` key-v
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .paged_layer import Slots, as_numbers
-from .sdpa import SdpaPlan, Span, find_strided
+from .sdpa import SdpaPlan, Span, find_padded_rows
 
 if TYPE_CHECKING:
     from .paged_prefix_cache import PagedPrefixCache
     from .paged_sequence import PagedSequence
+
+
+MIN_SHARED_KEYS = 64
 
 
 class Attention(NamedTuple):
@@ -92,11 +96,21 @@ class PagedStep:
         self._plans.clear()
 
     def _read_plan(self, window: int | None, query: torch.Tensor) -> SdpaPlan:
-        spans, strided = self._spans(window, query.device), None
+        num_shared = self._num_shared() if window is None else 0
+        spans, even, shared = self._spans(window, query.device, num_shared), None, None
         if self._may_read_beyond and query.device.type == "cpu":
-            strided = find_strided(spans, self.cache.num_slots)
-        self.has_read_beyond |= strided is not None
-        return SdpaPlan(spans, window, query[:0], strided)
+            even = find_padded_rows(spans, self.cache.num_slots)
+        self.has_read_beyond |= even is not None
+        if num_shared:
+            shared = _on(self.sequences[0].slots(self.cache.block_size, 0, num_shared), query.device)
+        return SdpaPlan(spans, window, query[:0], even, shared)
+
+    def _num_shared(self) -> int:
+        """How many tokens all sequences begin with and hold in the same blocks, if that is worth a part of its own."""
+        if len(self.sequences) == 1:
+            return 0
+        num_tokens = num_shared_blocks([each.block_table for each in self.sequences]) * self.cache.block_size
+        return num_tokens if num_tokens >= MIN_SHARED_KEYS else 0
 
     def _write_slots(self, device: torch.device) -> Slots:
         """Where the new tokens go."""
@@ -110,11 +124,21 @@ class PagedStep:
             return torch.tensor([part.start if isinstance(part, slice) else part[0] for part in parts], device=device)
         return torch.cat([as_numbers(part) for part in parts]).to(device)
 
-    def _spans(self, window: int | None, device: torch.device) -> list[Span]:
-        """What each sequence attends to: from the first token that any of its queries sees."""
+    def _spans(self, window: int | None, device: torch.device, num_shared: int) -> list[Span]:
+        """What each sequence attends to: from the first token that any of its queries sees, behind those shared."""
         spans = []
         for sequence, num in zip(self.sequences, self.num_new, strict=True):
-            first = 0 if window is None else max(0, sequence.length - num - window + 1)
+            first = num_shared if window is None else max(0, sequence.length - num - window + 1)
             slots = sequence.slots(self.cache.block_size, first, sequence.length)
-            spans.append(Span(slots if isinstance(slots, slice) else slots.to(device), sequence.length - first, num))
+            spans.append(Span(_on(slots, device), sequence.length - first, num))
         return spans
+
+
+def num_shared_blocks(block_tables: Sequence[list[int]]) -> int:
+    """Length of the common prefix of all block tables."""
+    low, high = min(block_tables), max(block_tables)  # All others lie between them.
+    return bisect_left(range(len(low)), True, key=lambda place: low[: place + 1] != high[: place + 1])
+
+
+def _on(slots: Slots, device: torch.device) -> Slots:
+    return slots if isinstance(slots, slice) else slots.to(device)

@@ -153,10 +153,15 @@ class ModelLane:
                 before = sequence.length
                 self.cache.append(sequence, len(window.token_ids))
                 done.append((sequence, before))
-        except PearlOutOfBlocksError:
+        except PearlOutOfBlocksError as error:
             for sequence, before in done:
                 self.cache.rollback(sequence, before)
-            raise
+            held = self._sequences.values()
+            lengths = [max(sequence.expected_length, sequence.length) for sequence in held]
+            num_blocks = sum(-(-length // self.cache.block_size) for length in lengths)
+            raise PearlOutOfBlocksError(
+                f"{error} The {len(held)} sequence(s) of this call may take {num_blocks} block(s) in all."
+            ) from None
 
     def rollback(self, request_id: int, length: int) -> None:
         """Drop a sequence's tokens from position `length` on."""
