@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_pearl import PagedPrefixCache, PearlUnsupportedModelError
 from hf_pearl.cache.sizing import CacheNeeds
 from hf_pearl.cache.support import TESTED_FAMILIES, check_supported
-from hf_pearl.decoding.messages import Window
+from hf_pearl.decoding.messages import Branches, Window
 from hf_pearl.parallel.lane import ModelLane
 from hf_pearl.parallel.probe import check_computed
 
@@ -82,6 +82,38 @@ class Comparison:
         del self.tokens[number][-num_tokens:]
         self.lane.rollback(number, len(self.tokens[number]))
 
+    def grow_trees(self, shapes: dict[int, list[int]], num_steps: int) -> dict[int, list[list[int]]]:
+        """Guesses behind some sequences; `shapes` says behind which node (-1: the sequence) each hangs, step by step.
+
+        Returns the paths: for every node the nodes up to it, itself included.
+        """
+        nodes: dict[int, list[list[int]]] = {number: [] for number in shapes}  # tokens up to each node
+        paths: dict[int, list[list[int]]] = {number: [] for number in shapes}
+        for step in range(num_steps):
+            windows = []
+            for number, parents in shapes.items():
+                first, last = (len(parents) * each // num_steps for each in (step, step + 1))
+                num_common, due = len(self.tokens[number]), parents[first:last]
+                before = len(nodes[number])
+                for parent in [min(each, before - 1) for each in due]:
+                    above = nodes[number][parent] if parent >= 0 else self.tokens[number]
+                    nodes[number].append([*above, self.chance.randrange(1, 64)])
+                    paths[number].append([*(paths[number][parent] if parent >= 0 else []), len(nodes[number]) - 1])
+                new = range(before, len(nodes[number]))
+                places = tuple(tuple(num_common + place for place in paths[number][node]) for node in new)
+                tokens = tuple(nodes[number][node][-1] for node in new)
+                windows.append(Window(number, tokens, len(tokens), Branches(num_common, places)))
+            logits = self.lane.forward(windows).split([window.num_logits for window in windows])
+            for window, rows in zip(windows, logits, strict=True):
+                for node, row in zip(nodes[window.request_id][-window.num_logits :], rows, strict=True):
+                    assert (row - self.expected(node)[-1]).abs().max() < TOLERANCE, (step, window.request_id)
+        for number, path in paths.items():
+            deepest = max(path, key=len)
+            num_common = len(self.tokens[number])
+            self.lane.keep(number, num_common, [num_common + place for place in deepest])
+            self.tokens[number] = nodes[number][deepest[-1]]
+        return paths
+
     def fork(self, number: int, new: int) -> None:
         """Begin a sequence with the tokens of another."""
         self.tokens[new] = list(self.tokens[number])
@@ -110,6 +142,10 @@ def test_logits_are_those_of_a_dynamic_cache(name: str) -> None:
         compare.fork(0, 5)
         for num_new in ({0: 1, 5: 1}, {0: 2, 3: 1, 5: 4}, {0: 1, 3: 1, 5: 1}):  # one prefix, read once for all
             compare.forward(num_new)
+        paths = compare.grow_trees({0: [-1, 0, -1, 1, 2, 0, 3], 1: [-1, -1, 0, 1, 0, 2]}, 3)
+        assert [max(map(len, each)) for each in paths.values()] == [3, 3]
+        compare.grow_trees({4: [-1, 0, -1, 1]}, 2)
+        compare.forward({0: 1, 1: 2, 4: 1})
         cache = compare.lane.cache
         assert cache.num_bytes == NUM_BLOCKS * CacheNeeds.of(model).bytes_per_block(BLOCK_SIZE)
         assert not any(

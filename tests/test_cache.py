@@ -83,7 +83,7 @@ def compute(cache: PagedPrefixCache, sequences: Sequence[Tracked], num_new: Sequ
     """One ragged step over the last `num_new` tokens of every sequence, compared with plain attention."""
     for each, num in zip(sequences, num_new, strict=True):
         assert_may_write(cache, each.paged, each.paged.length - num)
-    step = cache.begin_step([each.paged for each in sequences], num_new)
+    step = PagedStep(cache, [each.paged for each in sequences], num_new)
     for layer in range(NUM_LAYERS):
         packed = []
         for name in ("query", "key", "value"):
@@ -183,6 +183,31 @@ class CacheMachine(RuleBasedStateMachine):
         length = data.draw(st.integers(0, len(each.tokens)))
         self.cache.rollback(each.paged, length)
         each.tokens = each.tokens[:length]
+        each.prompt = each.tokens[:]
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), new=st.lists(st.integers(0, 1), min_size=1, max_size=9))
+    def grow_a_tree_and_keep_a_part(self, data: st.DataObject, new: list[int]) -> None:
+        """What is kept of the new tokens moves up; here they need not attend to each other to tell them apart."""
+        each = data.draw(st.sampled_from(self.sequences))
+        num_first = len(each.tokens)
+        try:
+            self.cache.append(each.paged, len(new))
+        except PearlOutOfBlocksError:
+            return
+        branches = [[*each.tokens, token] for token in new]  # all of them follow the last token
+        slots = each.paged.slots(self.cache.block_size, num_first, num_first + len(new))
+        for layer in range(NUM_LAYERS):
+            states = [
+                torch.stack([states_of(branch, layer, name)[-1] for branch in branches], dim=1)[None]
+                for name in ("key", "value")
+            ]
+            if self.cache.layers[layer].pools is None:
+                self.cache.layers[layer].make_pools(self.cache.num_slots, *states)
+            self.cache.layers[layer].write(slots, *states)
+        kept = data.draw(st.sampled_from(range(len(new))))
+        self.cache.keep(each.paged, num_first, [num_first + kept])
+        each.tokens = branches[kept]
         each.prompt = each.tokens[:]
 
     def _verify(self, each: Tracked, num_verified: int) -> None:
@@ -440,7 +465,7 @@ def test_sequences_that_grow_side_by_side_stay_in_one_run() -> None:
 
 def test_a_prompt_that_never_fits_is_told_so_at_once() -> None:
     with pytest.raises(PearlOutOfBlocksError, match=r"17 tokens needs 9 blocks .* at most 8.*cache_memory"):
-        new_cache(8).check_fits(17)
+        new_cache(8).pool.check_fits(17, BLOCK_SIZE)
 
 
 def test_a_recycled_block_is_not_found_under_its_old_tokens() -> None:
@@ -489,7 +514,7 @@ def test_a_sequences_nan_does_not_reach_another_one() -> None:
     sequences = [cache.allocate(), cache.allocate()]
     for sequence, length in zip(sequences, (5, 3), strict=True):
         cache.append(sequence, length)
-    step = cache.begin_step(sequences, [5, 3])
+    step = PagedStep(cache, sequences, [5, 3])
     query, key = torch.randn(1, 1, 8, 2), torch.randn(1, 1, 8, 2)
     key[:, :, :5] = torch.nan
     output = step.attend(0, query, key, key, Attention(1.0))

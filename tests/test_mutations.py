@@ -23,7 +23,7 @@ from hf_pearl.cache.paged_layer import as_numbers
 from hf_pearl.cache.prefix_index import PrefixIndex
 from hf_pearl.cache.step import PagedStep
 from hf_pearl.decoding import schedule
-from hf_pearl.decoding.messages import Line, Window
+from hf_pearl.decoding.messages import TokenTree, Window
 from hf_pearl.decoding.noise import NoiseSource, gumbel_noise, request_seed
 from hf_pearl.decoding.request import Request
 from hf_pearl.decoding.schedule import NO_GUESSES, Guesses
@@ -303,12 +303,12 @@ def read_padding(patch: pytest.MonkeyPatch) -> None:
 
 
 def use_lines_from_before_a_rollback(patch: pytest.MonkeyPatch) -> None:
-    def buggy_usable(line: Line | None, request: Request) -> Guesses:
-        if line is None:
+    def buggy_usable(tree: TokenTree | None, request: Request) -> Guesses:
+        if tree is None:
             return NO_GUESSES
-        first = max(0, len(request.verified) - line.root)
+        first = max(0, len(request.verified) - tree.root)
         last = first + request.room
-        return Guesses(line.token_ids[first:last], line.chances[first:last])
+        return Guesses(tree.token_ids[first:last], tree.chances[first:last])
 
     patch.setattr(schedule, "usable", buggy_usable)
 

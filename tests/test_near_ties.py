@@ -6,7 +6,10 @@ The comparison goes on behind every first difference, from the reference's prefi
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 
 import pytest
 import torch
@@ -59,11 +62,24 @@ def generate(target: PreTrainedModel, ids: torch.Tensor, num_tokens: int, **opti
     return output[0, ids.shape[1] :].tolist()
 
 
-def count_near_ties(pair: Pair, prompt: str, config: PearlConfig) -> int:
+def references(dtype: torch.dtype, prompts: list[str]) -> list[list[int]]:
+    """What `generate` makes of every prompt, on one thread."""
+    torch.set_num_threads(1)
+    target, _, tokenizer = hf_pearl.load_demo_pair("cpu", dtype)
+    return [generate(target, tokenizer(prompt, return_tensors="pt").input_ids, NUM_TOKENS) for prompt in prompts]
+
+
+def references_on_two_cores(dtype: torch.dtype, prompts: list[str]) -> list[list[int]]:
+    """The same in two processes."""
+    half = len(prompts) // 2
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        return list(chain(*pool.map(references, [dtype] * 2, [prompts[:half], prompts[half:]])))
+
+
+def count_near_ties(pair: Pair, prompt: str, expected: list[int], config: PearlConfig) -> int:
     """Compare one prompt's tokens from difference to difference, each of which must be a near-tie."""
     target, draft, tokenizer = pair
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    expected = generate(target, ids, NUM_TOKENS)
     num_near_ties = 0
     while expected:
         got = generate(target, ids, len(expected), assistant_model=draft, pearl=config)
@@ -82,15 +98,17 @@ def test_every_first_difference_is_a_near_tie(pair: Pair) -> None:
     num_prompts = 50 if pair[0].dtype == torch.bfloat16 else 6
     prompts = read_prompts(num_prompts)
     assert len(prompts) == num_prompts
-    near_ties = [count_near_ties(pair, prompt, PearlConfig()) for prompt in prompts]
+    expected = references_on_two_cores(pair[0].dtype, prompts)
+    near_ties = [count_near_ties(pair, *each, PearlConfig()) for each in zip(prompts, expected, strict=True)]
     assert sum(near_ties) < num_prompts * NUM_TOKENS // 20, "too many for rounding to be the reason"
 
 
 @pytest.mark.parametrize("draft_length", [1, 8])
 def test_every_first_difference_is_a_near_tie_in_lockstep(pair: Pair, draft_length: int) -> None:
     """Two prompts for each draft length."""
-    for prompt in read_prompts(2):
-        count_near_ties(pair, prompt, PearlConfig(draft_length=draft_length, execution="threads"))
+    prompts = read_prompts(2)
+    for prompt, expected in zip(prompts, references(pair[0].dtype, prompts), strict=True):
+        count_near_ties(pair, prompt, expected, PearlConfig(draft_length=draft_length, execution="threads"))
 
 
 def test_lockstep_with_a_cold_cache_repeats_bit_for_bit(pair: Pair) -> None:

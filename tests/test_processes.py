@@ -37,7 +37,7 @@ from transformers.generation import logits_process
 
 import hf_pearl
 from hf_pearl import PearlConfig
-from hf_pearl.decoding.messages import Admission, Grant, Line, Removal, Verdict
+from hf_pearl.decoding.messages import Admission, Grant, Removal, TokenTree, Verdict
 from hf_pearl.parallel import processes, records, shared_memory, worker_process
 from hf_pearl.parallel.cores import available_cores
 from hf_pearl.parallel.draft_workers import DraftWorker
@@ -542,12 +542,12 @@ def test_a_call_begins_while_the_worker_starts() -> None:
         call = worker.call(64, LogitsProcessorList(), 0, True)
         for request_id in range(shared_memory.NUM_SLOTS + 5):  # more than can be drafted
             call.send(Admission(request_id, (1, 2, 3), 100, 0, None))
-        assert (call.num_steps, call.step_seconds, call.line(0)) == (0, 0.0, None)
+        assert (call.num_steps, call.step_seconds, call.tree(0)) == (0, 0.0, None)
         started = time.monotonic()
         assert not call.wait(1, 0.01)
         assert time.monotonic() - started < 1.0 or worker.is_ready
         call.send(Verdict(shared_memory.NUM_SLOTS + 4, 1, (3,)))
-        assert call.line(shared_memory.NUM_SLOTS + 4) is None
+        assert call.tree(shared_memory.NUM_SLOTS + 4) is None
         report = call.finish()
         assert (report.num_steps, report.intervals) == (0, ())
         assert call.finish() == report
@@ -555,11 +555,11 @@ def test_a_call_begins_while_the_worker_starts() -> None:
         late = worker.call(64, LogitsProcessorList(), 0, True)
         late.send(Admission(0, tuple(range(1, 60)) * 80, 30_000, 0, None))  # longer than a frame
         late.send(Verdict(0, 1, (7, 8)))
-        wait_for(lambda: late.line(0) is not None, "a line")
-        line = late.line(0)
+        wait_for(lambda: late.tree(0) is not None, "a line")
+        line = late.tree(0)
         assert line is not None and (line.request_id, line.verdict, line.root) == (0, 1, 59 * 80 + 2)
         late.send(Removal(0))
-        assert late.line(0) is None
+        assert late.tree(0) is None
         assert late.finish().num_prefilled == 59 * 80
     finally:
         worker.close()
@@ -780,43 +780,45 @@ def test_a_message_out_of_range_is_not_sent(message: records.Message) -> None:
 
 
 CHANCES = st.floats(0.0, 1.0)
-LINES = st.integers(0, 64).flatmap(
+TREES = st.integers(0, 64).flatmap(
     lambda count: st.builds(
-        Line,
+        TokenTree,
         IDS,
         IDS,
         IDS,
         IDS,
         st.lists(st.integers(0, 63), min_size=count, max_size=count).map(tuple),
+        st.tuples(*(st.integers(-1, place - 1) for place in range(count))),
         st.lists(CHANCES, min_size=count, max_size=count).map(tuple),
     )
 )
 
 
-@given(IDS, LINES)
-def test_a_line_arrives_as_it_was(call: int, line: Line) -> None:
-    assert records.decode_line(records.encode_line(call, line), 64) == (call, line)
+@given(IDS, TREES)
+def test_a_tree_arrives_as_it_was(call: int, tree: TokenTree) -> None:
+    assert records.decode_tree(records.encode_tree(call, tree), 64) == (call, tree)
 
 
 @settings(max_examples=500)
-@given(LINES, st.data())
-def test_a_damaged_line_is_refused_or_another_valid_one(line: Line, data: st.DataObject) -> None:
-    content = bytearray(records.encode_line(1, line))
+@given(TREES, st.data())
+def test_a_damaged_tree_is_refused_or_another_valid_one(tree: TokenTree, data: st.DataObject) -> None:
+    content = bytearray(records.encode_tree(1, tree))
     index = data.draw(st.integers(0, len(content) - 1))
     content[index] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.integers(index, len(content)))]
     try:
-        _, decoded = records.decode_line(bytes(content), 64)
+        _, decoded = records.decode_tree(bytes(content), 64)
     except MalformedRecordError:
         return
     assert all(0 <= token < 64 for token in decoded.token_ids) and all(0 <= c <= 1 for c in decoded.chances)
-    assert len(decoded.token_ids) == len(decoded.chances) <= 64
+    assert all(-1 <= parent < place for place, parent in enumerate(decoded.parents))
+    assert len(decoded.token_ids) == len(decoded.parents) == len(decoded.chances) <= 64
 
 
 @settings(max_examples=500)
 @given(st.binary(max_size=80))
-def test_bytes_that_are_no_line_and_no_status_are_refused(content: bytes) -> None:
-    for decoder in (lambda: records.decode_line(content, 64), lambda: records.decode_status(content)):
+def test_bytes_that_are_no_tree_and_no_status_are_refused(content: bytes) -> None:
+    for decoder in (lambda: records.decode_tree(content, 64), lambda: records.decode_status(content)):
         try:
             decoder()
         except MalformedRecordError:
@@ -910,11 +912,11 @@ def test_a_record_that_another_process_hammers_reads_whole() -> None:
         end, number = time.monotonic() + 1.0, 0
         while time.monotonic() < end:
             number += 1
-            channel.line(3).write(bytes([number % 251]) * (1 + number % 900))
+            channel.tree(3).write(bytes([number % 251]) * (1 + number % 900))
         os._exit(0)
     seen: set[bytes] = set()
     while os.waitpid(child, os.WNOHANG) == (0, 0):
-        content = channel.line(3).read()
+        content = channel.tree(3).read()
         if content is not None:
             assert len(set(content)) == 1
             seen.add(content)
@@ -1008,8 +1010,8 @@ def test_the_worker_uses_the_processors(target: PreTrainedModel, draft: PreTrain
     call.send(Admission(0, (1, 2, 3), 100, 0, None))
     call.grant(30)
     assert call.wait(30, START_SECONDS), call.error
-    line = call.line(0)
-    assert line is not None and line.token_ids
-    assert not set(line.token_ids) & set(suppressed)
+    tree = call.tree(0)
+    assert tree is not None and tree.token_ids
+    assert not set(tree.token_ids) & set(suppressed)
     call.abort()
     call.abort()

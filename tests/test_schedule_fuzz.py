@@ -40,7 +40,7 @@ from hf_pearl.decoding.calibration import Calibration
 from hf_pearl.decoding.draft_tree import Candidate, DraftTree
 from hf_pearl.decoding.drafting import Drafter
 from hf_pearl.decoding.loop import DecodingLoop
-from hf_pearl.decoding.messages import Admission, Line, Removal, Verdict, Window
+from hf_pearl.decoding.messages import Admission, Removal, TokenTree, Verdict, Window
 from hf_pearl.decoding.noise import NoiseSource, request_seed
 from hf_pearl.decoding.policy import Acceptance, ForwardTimes
 from hf_pearl.decoding.processors import draft_processors
@@ -57,9 +57,9 @@ BLOCK_SIZE = 4  # many blocks for few tokens
 
 
 class ArbitraryDraft:
-    """A draft lane that runs when a die says so: messages are heard late, lines published late, or old ones read.
+    """A draft lane that runs when a die says so: messages are heard late, trees published late, or old ones read.
 
-    Messages are heard in order and lines published in order, as every real lane promises; nothing else is kept.
+    Messages are heard in order and trees published in order, as every real lane promises; nothing else is kept.
     """
 
     def __init__(self, drafter: Drafter, chance: random.Random) -> None:
@@ -69,8 +69,8 @@ class ArbitraryDraft:
         self.max_line = drafter.max_line
         self.num_steps = 0
         self._inbox: deque[Admission | Verdict | Removal] = deque()
-        self._made: deque[tuple[int, list[Line]]] = deque()
-        self._published: dict[int, list[Line]] = {}
+        self._made: deque[tuple[int, list[TokenTree]]] = deque()
+        self._published: dict[int, list[TokenTree]] = {}
         # How often it hears, drafts and publishes; a weight of 0 is a lane that is deaf, dead or mute.
         self._weights = [chance.choice((0.2, 1.0, 1.0, 5.0)) for _ in range(3)]
         if chance.random() < 0.1:
@@ -89,14 +89,14 @@ class ArbitraryDraft:
 
     def _step(self) -> None:
         if self.drafter.has_work() or self.chance.random() < 0.1:
-            lines = self.drafter.step()
-            self._made.append((self.drafter.num_steps, lines))
+            trees = self.drafter.step()
+            self._made.append((self.drafter.num_steps, trees))
 
     def _publish(self) -> None:
         for _ in range(min(len(self._made), self.chance.randint(1, 4))):
-            self.num_steps, lines = self._made.popleft()
-            for line in lines:
-                self._published.setdefault(line.request_id, []).append(line)
+            self.num_steps, trees = self._made.popleft()
+            for tree in trees:
+                self._published.setdefault(tree.request_id, []).append(tree)
 
     def send(self, message: Admission | Verdict | Removal) -> None:
         self._inbox.append(message)
@@ -105,7 +105,7 @@ class ArbitraryDraft:
     def grant(self, num_steps: int) -> None:
         self.run_a_while()
 
-    def line(self, request_id: int) -> Line | None:
+    def tree(self, request_id: int) -> TokenTree | None:
         self.run_a_while()
         published = self._published.get(request_id)
         if not published:
@@ -381,11 +381,11 @@ growth = st.tuples(st.integers(0, 20), children, st.lists(st.floats(0.01, 1.0), 
 
 
 class HeldTree:
-    """A tree, and what the sequences of the draft's cache would hold for it."""
+    """A tree, and what its sequence in the draft's cache would hold: for each place, all tokens up to it."""
 
     def __init__(self, prompt: list[int]) -> None:
-        self.tree = DraftTree(prompt, max_length=1000, sequence=0)
-        self.held: dict[int, list[int]] = {0: prompt[:-1]}
+        self.tree = DraftTree(prompt, max_length=1000)
+        self.held: list[list[int]] = [prompt[: end + 1] for end in range(len(prompt) - 1)]
 
     def compute(self, which: int, token_ids: list[int], chances: list[float]) -> None:
         """Compute one of the leaves, as a draft step does."""
@@ -393,27 +393,20 @@ class HeldTree:
         if not leaves:
             return
         node = leaves[which % len(leaves)]
-        sequence = tree.sequence
-        if node.parent is not None:
-            assert node.parent.sequence is not None
-            sequence = node.parent.sequence
-            if not tree.is_tip(node.parent):
-                sequence = max(self.held) + 1
-                self.held[sequence] = self.held[node.parent.sequence][: tree.length(node.parent)]
-        assert len(self.held[sequence]) < tree.length(node)
-        self.held[sequence] = tree.tokens(node)
+        if node is tree.root:
+            self.held += [tree.verified[: end + 1] for end in range(len(self.held), tree.num_verified)]
+        else:
+            self.held.append(tree.tokens(node))
         candidates = [Candidate(*each) for each in zip(token_ids, chances, chances, strict=False)]
-        tree.computed(node, sequence, candidates)
+        tree.computed(node, len(self.held) - 1, candidates)
         assert [child.candidate for child in node.children] == candidates
 
     def prune(self, number: int, token_ids: list[int]) -> None:
-        """Apply a verdict, and do with the sequences what it says."""
+        """Apply a verdict, and do with the sequence what it says."""
         pruned = self.tree.prune(number, token_ids)
-        for sequence in pruned.dropped:
-            del self.held[sequence]
-        if self.tree.root.sequence is None:
-            del self.held[pruned.sequence][pruned.num_valid :]
-            assert self.held[pruned.sequence] == self.tree.verified[: len(self.held[pruned.sequence])]
+        assert pruned.places == sorted(set(pruned.places))
+        if len(self.held) > pruned.num_first:
+            self.held = self.held[: pruned.num_first] + [self.held[place] for place in pruned.places]
         for node, token_id in pruned.judged:
             assert node.children
             assert token_id in token_ids
@@ -424,17 +417,27 @@ class HeldTree:
 
     def check(self) -> None:
         """The cache holds what was computed and nothing else, and every node says where it stands."""
-        tree, named = self.tree, {self.tree.sequence}
+        tree, num_verified = self.tree, self.tree.num_verified
+        places = []
         for node in tree.root.walk():
             assert tree.length(node) == len(tree.tokens(node))
             product = 1.0 if node.parent is None else node.parent.path_chance * node.candidate.chance
             assert node.path_chance == pytest.approx(product, rel=1e-6)
-            if node.sequence is not None:
-                named.add(node.sequence)
-                assert self.held[node.sequence][: tree.length(node)] == tree.tokens(node)
-        assert set(self.held) == named
-        line = [each.token_id for each in tree.line()]
-        assert not line or tuple(tree.verified + line) in self.guesses()
+            if node.place is not None:
+                places.append(node.place)
+                assert self.held[node.place] == tree.tokens(node)
+                assert [len(self.held[place]) for place in tree.path(node)] == list(
+                    range(num_verified + 1, tree.length(node) + 1)
+                )
+        if places:
+            assert sorted(places) == list(range(num_verified - 1, len(self.held)))
+        else:
+            assert len(self.held) < num_verified
+        assert self.held[:num_verified] == [tree.verified[: end + 1] for end in range(len(self.held[:num_verified]))]
+        likeliest = tree.likeliest(1000)
+        assert {tuple(tree.tokens(node)) for node in likeliest} == self.guesses()
+        assert tree.likeliest(3) == likeliest[:3]
+        assert all(node.parent in (tree.root, *likeliest[:place]) for place, node in enumerate(likeliest))
 
 
 @settings(max_examples=300)
@@ -454,21 +457,34 @@ def test_a_pruned_tree_keeps_exactly_what_agrees(prompt: list[int], operations: 
             assert held.tree.verdict_number == number
             behind = {each for each in before if each[: len(verified)] == tuple(verified) and len(each) > len(verified)}
             assert held.guesses() == behind
-            assert (held.tree.root.sequence is None) == (tuple(verified) in num_leaves or tuple(verified) not in before)
+            assert (held.tree.root.place is None) == (tuple(verified) in num_leaves or tuple(verified) not in before)
         held.check()
 
 
 @settings(max_examples=300)
-@given(tokens.filter(bool), st.integers(0, 8), tokens, st.integers(0, 10))
-def test_of_a_line_only_what_continues_the_verified_tokens_is_usable(
-    verified: list[int], root: int, line_tokens: list[int], room: int
+@given(
+    tokens.filter(bool),
+    st.integers(0, 8),
+    st.lists(st.tuples(st.integers(0, 2), st.integers()), max_size=12),
+    st.integers(0, 10),
+)
+def test_of_a_tree_only_what_continues_the_verified_tokens_is_usable(
+    verified: list[int], root: int, nodes: list[tuple[int, int]], room: int
 ) -> None:
     """Whatever a lane publishes, from any moment of the past or out of thin air."""
     request = Request(0, 1, (), len(verified) + 1 + room, verified)
-    line = Line(0, 0, 0, root, tuple(line_tokens), tuple(0.1 * place for place in range(len(line_tokens))))
-    guesses = usable(line, request)
-    since = verified[root:]
-    continues = root <= len(verified) and line_tokens[: len(since)] == since
-    rest = list(zip(line.token_ids, line.chances, strict=True))[len(since) :][:room] if continues else []
-    assert list(zip(guesses.token_ids, guesses.chances, strict=True)) == rest
+    token_ids = tuple(token for token, _ in nodes)
+    parents = tuple(number % (place + 1) - 1 for place, (_, number) in enumerate(nodes))
+    chances = tuple(0.01 * place for place in range(len(nodes)))
+    guesses = usable(TokenTree(0, 0, 0, root, token_ids, parents, chances), request)
+    node: int | None = -1 if root <= len(verified) else None
+    for token in verified[root:]:
+        children = [place for place, parent in enumerate(parents) if parent == node and token_ids[place] == token]
+        node = children[0] if children and node is not None else None
+    expected = []
+    while node is not None and len(expected) < room:
+        node = parents.index(node) if node in parents else None
+        if node is not None:
+            expected.append((token_ids[node], chances[node]))
+    assert list(zip(guesses.token_ids, guesses.chances, strict=True)) == expected
     assert usable(None, request) == NO_GUESSES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
 
 from ..errors import PearlOutOfBlocksError
@@ -27,7 +28,9 @@ class BlockPool:
         self.max_blocks = max_blocks
         self._counts: Counter[int] = Counter()
         self._free = FreeRuns()
-        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._cached: dict[int, int] = {}  # block -> when it became cached
+        self._oldest_first: OrderedDict[int, int] = OrderedDict()  # and back
+        self._ticks = itertools.count()
         self.grow(num_blocks)
 
     @property
@@ -84,7 +87,8 @@ class BlockPool:
 
     def reference(self, block: int) -> None:
         """One more block table names `block`, referenced or cached."""
-        self._cached.pop(block, None)
+        if block in self._cached:
+            del self._oldest_first[self._cached.pop(block)]
         self._counts[block] += 1
 
     def release(self, block: int, keep: bool) -> None:
@@ -94,15 +98,23 @@ class BlockPool:
             return
         self._free.forget_expectation(block)
         if keep:
-            self._cached[block] = None
+            self._cached[block] = tick = next(self._ticks)
+            self._oldest_first[tick] = block
         else:
             self._free.add(block, block + 1)
 
     def drop(self, block: int) -> None:
         """Make a cached block free; a referenced one stays what it is."""
         if block in self._cached:
-            del self._cached[block]
+            del self._oldest_first[self._cached.pop(block)]
             self._free.add(block, block + 1)
+
+    def exchange(self, block: int, cached: int) -> None:
+        """Let `block`, which was just taken, be cached in the place of `cached`, which is referenced instead."""
+        self._free.pass_expectation(block, cached)
+        self._cached[block] = tick = self._cached.pop(cached)
+        self._oldest_first[tick] = block
+        self._counts[block], self._counts[cached] = 0, 1
 
     def evict(self) -> int | None:
         """Make the least recently used cached block free and name it, so that the index forgets it too.
@@ -111,7 +123,8 @@ class BlockPool:
         """
         if not self._cached:
             return None
-        block, _ = self._cached.popitem(last=False)
+        _, block = self._oldest_first.popitem(last=False)
+        del self._cached[block]
         self._free.add(block, block + 1)
         return block
 
@@ -119,6 +132,15 @@ class BlockPool:
         """Make every cached block free."""
         while self.evict() is not None:
             pass
+
+    def check_fits(self, num_tokens: int, block_size: int) -> None:
+        """Raise `PearlOutOfBlocksError` if a sequence of `num_tokens` tokens could not have blocks enough ever."""
+        num_needed = -(-num_tokens // block_size)
+        if num_needed > self.max_blocks:
+            raise PearlOutOfBlocksError(
+                f"a sequence of {num_tokens} tokens needs {num_needed} blocks of {block_size} tokens, and the "
+                f"paged cache has at most {self.max_blocks}. Raise `PearlConfig(cache_memory=...)`."
+            )
 
     def out_of_blocks(self, num_needed: int) -> PearlOutOfBlocksError:
         """The error that says what was needed, what there is, and what to change."""

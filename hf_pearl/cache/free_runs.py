@@ -47,6 +47,10 @@ class FreeRuns:
         """No sequence grows behind `block` any more."""
         self._expected.pop(block, None)
 
+    def pass_expectation(self, block: int, other: int) -> None:
+        """What was expected behind `block` is expected behind `other`."""
+        self._expected[other] = self._expected.pop(block)
+
     def _remove(self, block: int) -> None:
         start = block
         if block not in self._end_of:

@@ -99,7 +99,7 @@ class SlotPool:
     def copy(self, source: Slots, target: Slots) -> None:
         """Copy slots."""
         for part in self._parts():
-            part[:, :, target] = part[:, :, source]
+            _put(part, target, _get(part, source))
 
     def resize(self, num_slots: int) -> None:
         """Have `num_slots` slots; what lies in those that stay is kept."""

@@ -29,12 +29,11 @@ from ..errors import PearlOutOfBlocksError
 from .batch import BatchOfRows
 from .block_pool import BlockPool
 from .cache_arguments import check_arguments
-from .paged_layer import PagedLayer
+from .paged_layer import PagedLayer, as_numbers
 from .paged_sequence import PagedSequence
 from .prefix_index import PrefixIndex
 from .sizing import DEFAULT_BLOCK_SIZE, CacheNeeds, memory_share, num_blocks_for
 from .statistics import CacheStatistics
-from .step import PagedStep
 
 INITIAL_BLOCKS = 256
 
@@ -42,7 +41,7 @@ INITIAL_BLOCKS = 256
 class PagedPrefixCache(BatchOfRows):
     """Paged keys and values of one model, for any number of sequences.
 
-    Engines allocate sequences and run ragged steps over them (`begin_step`). It is a transformers cache too: passed as
+    Engines allocate sequences and run ragged steps over them (`PagedStep`). It is a transformers cache too: passed as
     `past_key_values=`, it holds a batch of rows of one length, and every method means what it means there.
 
     Parameters
@@ -159,15 +158,6 @@ class PagedPrefixCache(BatchOfRows):
             self.pool.release(shared, keep=shared in self.index)
         sequence.length += num_tokens
 
-    def check_fits(self, num_tokens: int) -> None:
-        """Raise `PearlOutOfBlocksError` if a sequence of `num_tokens` tokens could not have blocks enough ever."""
-        num_needed = -(-num_tokens // self.block_size)
-        if num_needed > self.pool.max_blocks:
-            raise PearlOutOfBlocksError(
-                f"a sequence of {num_tokens} tokens needs {num_needed} blocks of {self.block_size} tokens, and the "
-                f"paged cache has at most {self.pool.max_blocks}. Raise `PearlConfig(cache_memory=...)`."
-            )
-
     def _shared_last_block(self, sequence: PagedSequence) -> int | None:
         """The partly filled last block, if somebody else names it or may find what would be overwritten."""
         filled = sequence.length % self.block_size
@@ -188,6 +178,8 @@ class PagedPrefixCache(BatchOfRows):
         after = sequence.last_block
         expected = -(-sequence.expected_length // self.block_size) - len(sequence.block_table) - 1
         block = self.pool.take(after, max(0, expected))
+        if block is not None and after is not None and self.pool.is_cached(after + 1):
+            block = self._exchange(block, after + 1)
         if block is None and self._grow():
             block = self.pool.take(after, max(0, expected))
         if block is None and (evicted := self.pool.evict()) is not None:
@@ -196,6 +188,13 @@ class PagedPrefixCache(BatchOfRows):
             self.statistics.evicted_blocks += 1
             block = self.pool.take(after, max(0, expected))
         return block
+
+    def _exchange(self, block: int, cached: int) -> int:
+        """Move a cached block away, so that a sequence that began with a cached prefix goes on in the same run."""
+        self._copy(cached, block)
+        self.index.move(cached, block)
+        self.pool.exchange(block, cached)
+        return cached
 
     def _grow(self) -> bool:
         """Double the pools, if they may and can grow; whether they did."""
@@ -222,6 +221,16 @@ class PagedPrefixCache(BatchOfRows):
             raise ValueError(f"`length` must be between 0 and {sequence.length}, got {length}.")
         sequence.length = length
         self._shrink(sequence, -(-length // self.block_size))
+
+    def keep(self, sequence: PagedSequence, num_first: int, places: Sequence[int]) -> None:
+        """Drop all but the first tokens and those at `places`, ascending and not forked or indexed, which move up."""
+        end = num_first + len(places)
+        if list(places) != list(range(num_first, end)):
+            behind = as_numbers(sequence.slots(self.block_size, num_first, sequence.length))
+            source = behind[torch.tensor(places) - num_first].to(self.device)
+            for layer in self.layers:
+                layer.copy(source, behind[: len(places)].to(self.device))
+        self.rollback(sequence, end)
 
     def _shrink(self, sequence: PagedSequence, num_blocks: int) -> None:
         while len(sequence.block_table) > num_blocks:
@@ -276,12 +285,6 @@ class PagedPrefixCache(BatchOfRows):
         self.pool = BlockPool(self.pool.num_blocks, self.pool.max_blocks)
         self.index.clear()
         self.batch_rows = []
-
-    def begin_step(
-        self, sequences: Sequence[PagedSequence], num_new: Sequence[int], may_read_beyond: bool = False
-    ) -> PagedStep:
-        """The plan of a forward over the last `num_new[i]` tokens of `sequences[i]`; see `PagedStep`."""
-        return PagedStep(self, sequences, num_new, may_read_beyond)
 
     @property
     def options(self) -> tuple[Any, ...]:

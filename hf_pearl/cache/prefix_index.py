@@ -151,6 +151,13 @@ class PrefixIndex:
             self.forget(block)
         return parts
 
+    def move(self, block: int, target: int) -> None:
+        """What `block` holds is in `target` now."""
+        moved = self._by_block.pop(block)._replace(block=target)
+        self._by_block[target] = self._followers[moved.parent][moved.token_ids[0]][moved.number] = moved
+        if moved.digest in self._full:
+            self._full[moved.digest] = moved
+
     def _last_followers(self, parent: int | str, first: int) -> list[IndexedBlock]:
         """The latest blocks that follow a block and begin with a token: all prompts may begin with one (BOS)."""
         followers = self._followers.get(parent, {}).get(first, {})

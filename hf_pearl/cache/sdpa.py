@@ -24,12 +24,42 @@ MAX_GATHERED_KEYS = 64  # up to here, gathering all rows was faster
 MAX_VIEWED_KEYS = 1024  # up to here, reading rows of equal distance at once was
 
 
+class TreeMask(NamedTuple):
+    """What the new tokens of a sequence attend to where they are guesses in a tree.
+
+    All of them to the first `num_common` tokens; the `i`-th to those at the places `paths[i]` too, one behind the
+    other, itself at the end. Where a token lies in the sequence does not say its position, which is
+    `num_common + len(path) - 1`.
+    """
+
+    num_common: int
+    paths: tuple[tuple[int, ...], ...]
+
+    def behind(self, first: int) -> TreeMask:
+        """The same, with places counted from `first` on."""
+        paths = tuple(tuple(place - first for place in path) for path in self.paths)
+        return TreeMask(self.num_common - first, paths)
+
+    def mask(self, num_queries: int, num_keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """`(1, Q, L)`, as in `PaddedBatch`; queries behind the last path see the first key."""
+        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool)
+        hidden[:, : self.num_common] = False
+        for row, path in enumerate(self.paths):
+            hidden[row, list(path)] = False
+            if window is not None and (num_passed := self.num_common + len(path) - window) > 0:
+                hidden[row, : min(num_passed, self.num_common)] = True
+                hidden[row, list(path[: max(0, num_passed - self.num_common)])] = True
+        hidden[len(self.paths) :, 0] = False
+        return _additive(hidden, like)[None]
+
+
 class Span(NamedTuple):
     """What one sequence attends to: the slots of `num_keys` tokens, the last `num_queries` of which are new."""
 
     slots: Slots
     num_keys: int
     num_queries: int
+    tree: TreeMask | None = None
 
 
 class PaddedBatch(NamedTuple):
@@ -84,7 +114,7 @@ class SdpaPlan:
         if even is not None or is_gathered:
             self.batch = padded_batch(spans, window, like, even)
         else:
-            self.masks = [row_mask(span.num_keys, span.num_queries, window, like) for span in spans]
+            self.masks = [row_mask(span, window, like) for span in spans]
 
     def attend(self, layer: PagedLayer, query: torch.Tensor, attention: Attention) -> torch.Tensor:
         """Attention of `(1, H, T, D)` over what `layer` holds of each sequence, to `(1, T, H, D)`."""
@@ -124,6 +154,9 @@ def padded_batch(
     starts = torch.tensor([span.num_keys - span.num_queries for span in spans])
     positions = starts[:, None, None] + torch.arange(num_queries)[None, :, None]
     mask = _mask(positions, torch.arange(num_keys), window, like)[:, None]
+    for row, span in enumerate(spans):
+        if span.tree is not None:
+            mask[row] = span.tree.mask(num_queries, num_keys, window, like)
     places = None
     if any(span.num_queries != num_queries for span in spans):
         own_places = [torch.arange(row * num_queries, row * num_queries + s.num_queries) for row, s in enumerate(spans)]
@@ -139,18 +172,24 @@ def _gathered_slots(spans: Sequence[Span], num_keys: int) -> torch.Tensor:
     return slots.flatten()
 
 
-def row_mask(num_keys: int, num_queries: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+def row_mask(span: Span, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
     """`(1, 1, Q, L)`, as in `PaddedBatch`; None where the only query sees every key."""
-    if num_queries == 1:
+    if span.tree is not None:
+        return span.tree.mask(span.num_queries, span.num_keys, window, like)[None]
+    if span.num_queries == 1:
         return None
-    positions = torch.arange(num_keys - num_queries, num_keys)[:, None]
-    return _mask(positions, torch.arange(num_keys), window, like)[None, None]
+    positions = torch.arange(span.num_keys - span.num_queries, span.num_keys)[:, None]
+    return _mask(positions, torch.arange(span.num_keys), window, like)[None, None]
 
 
 def _mask(positions: torch.Tensor, keys: torch.Tensor, window: int | None, like: torch.Tensor) -> torch.Tensor:
     is_hidden = keys > positions
     if window is not None:
         is_hidden |= keys <= positions - window
+    return _additive(is_hidden, like)
+
+
+def _additive(is_hidden: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return like.new_zeros(is_hidden.shape).masked_fill_(is_hidden.to(like.device), -torch.inf)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .paged_layer import Slots, as_numbers
-from .sdpa import SdpaPlan, Span, find_padded_rows
+from .sdpa import SdpaPlan, Span, TreeMask, find_padded_rows
 
 if TYPE_CHECKING:
     from .paged_prefix_cache import PagedPrefixCache
@@ -58,6 +58,8 @@ class PagedStep:
         Whether rows may be read as one view in which the short ones end in what lies behind them. It is masked, but a
         NaN or an infinity there would not be: whoever allows this must look at the logits of every new token, and
         compute the step again with `read_by_row()` if there is a NaN among them.
+    trees : sequence of TreeMask or None, optional
+        For each sequence, what its new tokens attend to where that is not all before them.
     """
 
     def __init__(
@@ -66,10 +68,12 @@ class PagedStep:
         sequences: Sequence[PagedSequence],
         num_new: Sequence[int],
         may_read_beyond: bool = False,
+        trees: Sequence[TreeMask | None] | None = None,
     ) -> None:
         self.cache = cache
         self.sequences = sequences
         self.num_new = num_new
+        self.trees = trees or [None] * len(sequences)
         self.has_read_beyond = False
         self._may_read_beyond = may_read_beyond and len(sequences) > 1 and not cache.eight_bit
         # (sliding window, device) -> where new tokens go, and how to read: one plan for all layers that are alike.
@@ -127,10 +131,13 @@ class PagedStep:
     def _spans(self, window: int | None, device: torch.device, num_shared: int) -> list[Span]:
         """What each sequence attends to: from the first token that any of its queries sees, behind those shared."""
         spans = []
-        for sequence, num in zip(self.sequences, self.num_new, strict=True):
-            first = num_shared if window is None else max(0, sequence.length - num - window + 1)
+        for sequence, num, tree in zip(self.sequences, self.num_new, self.trees, strict=True):
+            first = num_shared
+            if window is not None:
+                start = sequence.length - num if tree is None else tree.num_common
+                first = max(0, start - window + 1)
             slots = sequence.slots(self.cache.block_size, first, sequence.length)
-            spans.append(Span(_on(slots, device), sequence.length - first, num))
+            spans.append(Span(_on(slots, device), sequence.length - first, num, tree and tree.behind(first)))
         return spans
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 NUM_BINS = 16
-MAX_RANKS = 5
+MAX_RANKS = 4
 
 
 class Calibration:

@@ -32,17 +32,17 @@ class Node:
         Estimated chance that it and all before it stand.
     children : list of Node
         The likeliest first; empty while it has not been computed.
-    sequence : int or None
-        The sequence in the draft's cache that holds its keys and values; None while it has not been computed.
+    place : int or None
+        Where its keys and values are in the request's sequence; None while it has not been computed.
     """
 
-    __slots__ = ("candidate", "children", "depth", "parent", "path_chance", "sequence")
+    __slots__ = ("candidate", "children", "depth", "parent", "path_chance", "place")
 
     def __init__(self, parent: Node | None, candidate: Candidate | None) -> None:
         self.parent = parent
         self.candidate = candidate
         self.children: list[Node] = []
-        self.sequence: int | None = None
+        self.place: int | None = None
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.path_chance: float = 1.0
         if parent is not None and candidate is not None:
@@ -72,24 +72,24 @@ class Pruned(NamedTuple):
 
     Attributes
     ----------
-    sequence : int
-        The sequence that holds the verified tokens, as far as they are computed.
-    num_valid : int
-        How many of its tokens are still what they were.
-    dropped : list of int
-        Sequences that nobody needs any more.
+    num_first : int
+        Tokens at the start of the sequence that stay where they are.
+    places : list of int
+        Those behind that stay, in ascending order: they move up, and all others go.
     judged : list of tuple of Node and int
         Nodes whose children were guesses for a token that is known now, and that token.
     """
 
-    sequence: int
-    num_valid: int
-    dropped: list[int]
+    num_first: int
+    places: list[int]
     judged: list[tuple[Node, int]]
 
 
 class DraftTree:
     """Verified tokens of a request as far as the draft knows them, and a tree of guesses behind them.
+
+    One sequence in the draft's cache holds what is computed of both: first the verified tokens, then the guesses in the
+    order in which they were computed, each of which attends to its own branch alone.
 
     Parameters
     ----------
@@ -97,18 +97,14 @@ class DraftTree:
         The prompt, all of it verified.
     max_length : int
         The length at which the request ends; no token is guessed that no verdict could confirm.
-    sequence : int
-        The sequence in the draft's cache that will hold the verified tokens.
     """
 
-    def __init__(self, token_ids: Sequence[int], max_length: int, sequence: int = 0) -> None:
+    def __init__(self, token_ids: Sequence[int], max_length: int) -> None:
         self.verified = list(token_ids)
         self.max_length = max_length
-        self.sequence = sequence
         self.root = Node(None, None)
         self.verdict_number = 0
         self.num_drafted = 0
-        self._tips: dict[int, Node] = {}  # sequence -> the last node that was computed on it
 
     @property
     def num_verified(self) -> int:
@@ -133,60 +129,56 @@ class DraftTree:
 
     def leaves(self) -> Iterator[Node]:
         """Nodes that are not computed."""
-        return (node for node in self.root.walk() if node.sequence is None)
+        return (node for node in self.root.walk() if node.place is None)
 
-    def line(self) -> list[Candidate]:
-        """The likeliest guesses, one behind the other."""
-        node, line = self.root, []
-        while node.children:
-            node = node.children[0]
-            assert node.candidate is not None
-            line.append(node.candidate)
-        return line
+    def likeliest(self, num_nodes: int) -> list[Node]:
+        """The guesses that are likeliest to stand, every one behind its parent."""
+        nodes = [node for node in self.root.walk() if node is not self.root]
+        return sorted(nodes, key=lambda node: -node.path_chance)[:num_nodes]
 
-    def is_tip(self, node: Node) -> bool:
-        """Whether nothing was computed behind `node` on its sequence."""
-        return node.sequence is not None and self._tips.get(node.sequence) is node
+    def path(self, node: Node) -> list[int]:
+        """Places of the guesses up to a node, as far as they are computed."""
+        path = []
+        while node.parent is not None:
+            if node.place is not None:
+                path.append(node.place)
+            node = node.parent
+        return path[::-1]
 
-    def computed(self, node: Node, sequence: int, candidates: Sequence[Candidate]) -> None:
-        """`node` is in the draft's cache, on `sequence`, and these tokens may come behind it, the likeliest first."""
-        node.sequence = sequence
-        self._tips[sequence] = node
+    def computed(self, node: Node, place: int, candidates: Sequence[Candidate]) -> None:
+        """`node` is in the draft's cache, at `place`, and these tokens may come behind it, the likeliest first."""
+        node.place = place
         if self.has_room(node):
             node.children = [Node(node, candidate) for candidate in candidates]
             self.num_drafted += 1
 
-    def drop_lines(self) -> list[int]:
-        """Forget all guesses; name the sequences that nobody needs any more."""
-        dropped = [sequence for sequence in self._tips if sequence != self.sequence]
-        self.root, self._tips = Node(None, None), {}
-        return dropped
+    def drop_guesses(self) -> None:
+        """Forget all guesses, and that the last verified token is computed."""
+        self.root = Node(None, None)
 
     def prune(self, number: int, token_ids: Sequence[int]) -> Pruned:
         """Apply a verdict: move the root behind `token_ids`, keep what was guessed behind them."""
         node, judged = self.root, []
-        held, num_valid = self.sequence, self.num_verified
-        num_known = 0
+        num_first = self.num_verified if node.place is not None else self.num_verified - 1
         for token_id in token_ids:
             if node.children:
                 judged.append((node, token_id))
             following = node.child(token_id)
-            if following is None or following.sequence is None:
+            if following is None or following.place is None:
                 break
-            node, num_known = following, num_known + 1
-            held, num_valid = following.sequence, self.length(following)
+            node = following
+        places = self.path(node)
+        if node.depth == len(token_ids):
+            held = {each.place: each for each in node.walk() if each.place is not None}
+            places += [place for place in sorted(held) if held[place] is not node]
+            for new, place in enumerate(sorted(held), start=num_first + node.depth - 1):
+                held[place].place = new
+            self._make_root(node)
+        else:
+            self.drop_guesses()
         self.verified.extend(token_ids)
         self.verdict_number = number
-        survives = num_known == len(token_ids) and node is not self.root
-        if survives:
-            self._make_root(node)
-        elif token_ids:
-            self.root = Node(None, None)
-        kept = {each.sequence for each in self.root.walk()} | {held}
-        dropped = [sequence for sequence in {*self._tips, self.sequence} if sequence not in kept]
-        self._tips = {sequence: tip for sequence, tip in self._tips.items() if survives and sequence in kept}
-        self.sequence = held
-        return Pruned(held, num_valid, dropped, judged)
+        return Pruned(num_first, places, judged)
 
     def _make_root(self, node: Node) -> None:
         lost = node.depth

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -13,19 +13,23 @@ import torch
 from ..errors import PearlOutOfBlocksError
 from .calibration import MAX_RANKS, Calibration
 from .draft_tree import Candidate, DraftTree, Node
-from .messages import Admission, DraftReport, Line, Removal, Verdict, Window
+from .messages import Admission, Branches, DraftReport, Removal, TokenTree, Verdict, Window
 from .policy import ForwardTimes
-from .proposal import Prefix, Proposer
+from .proposal import Guess, Prefix, Proposer
 
 MAX_LINE = 32
 # A guess that is less likely than this to stand is not drafted further: the step would more often delay the restart
 # after a rejection than be of use. In simulation 0.05 gave 2 to 4% more tokens per second than 0, and 0.1 no more.
 MIN_CHANCE = 0.02
 # Further guesses in a step that is made anyway cost little: those down to this share of what a row costs are taken.
-# Both found on two CPU cores, where 8 rows and a share of 0.1, best in simulation, made steps too slow.
+# Both found on two CPU cores: 4 and 12 guesses and shares of 0.3 to 1 were within 5%, a share of 0.1 15% slower.
 ROW_SHARE = 0.5
-MAX_WIDTH = 4
+MAX_WIDTH = 8
 MAX_PREFILL_TOKENS = 1024
+MAX_PUBLISHED = 64
+
+
+Choice = tuple[DraftTree, int, Node]  # a guess to compute, its tree, and its request
 
 
 class Lane(Protocol):
@@ -45,6 +49,9 @@ class Lane(Protocol):
 
     def rollback(self, request_id: int, length: int) -> None:
         """Drop a sequence's tokens from position `length` on."""
+
+    def keep(self, request_id: int, num_first: int, places: Sequence[int]) -> None:
+        """Drop a sequence's tokens but the first ones and those at `places`, ascending, which move up."""
 
     def release(self, request_id: int, verified: Sequence[int]) -> None:
         """End a sequence whose `verified` tokens may be found again."""
@@ -92,7 +99,6 @@ class Drafter:
         self.intervals: list[tuple[float, float]] = []
         self._leaders: dict[tuple[int, ...], int] = {}  # prompt -> the request that computes it
         self._followed: dict[int, tuple[int, int]] = {}  # waiting request -> its leader, length of their prompt
-        self._line_numbers = itertools.count(2**40)  # sequences that hold no request's verified tokens
         self._is_out_of_memory = False
 
     def handle(self, message: Admission | Verdict | Removal) -> None:
@@ -111,7 +117,7 @@ class Drafter:
             self._admit(message.request_id, message.token_ids, message.max_length)
         else:
             self._followed[message.request_id] = leader, len(message.token_ids)
-        self.trees[message.request_id] = DraftTree(message.token_ids, message.max_length, message.request_id)
+        self.trees[message.request_id] = DraftTree(message.token_ids, message.max_length)
         self.proposer.admit(message)
 
     def _admit(self, request_id: int, token_ids: Sequence[int], max_length: int) -> None:
@@ -125,8 +131,8 @@ class Drafter:
             leading = self.trees.get(leader)
             if leading is None or not leading.has_room(leading.root):  # It will not compute its prompt.
                 self._admit(follower, tree.verified, tree.max_length)
-            elif self.lane.length(leading.sequence) >= num_prompt:
-                self.lane.fork(leading.sequence, follower, num_prompt - 1)
+            elif self.lane.length(leader) >= num_prompt:
+                self.lane.fork(leader, follower, num_prompt - 1)
                 self.num_prefilled += 1
             else:
                 continue
@@ -137,12 +143,8 @@ class Drafter:
         tree = self.trees[message.request_id]
         pruned = tree.prune(message.number, message.token_ids)
         self._learn(pruned.judged)
-        if message.request_id in self._followed:
-            return
-        for sequence in pruned.dropped:
-            self.lane.release(sequence, ())
-        if tree.root.sequence is None and pruned.num_valid < self.lane.length(pruned.sequence):
-            self.lane.rollback(pruned.sequence, pruned.num_valid)
+        if message.request_id not in self._followed and self.lane.length(message.request_id) > pruned.num_first:
+            self.lane.keep(message.request_id, pruned.num_first, pruned.places)
 
     def _learn(self, judged: Sequence[tuple[Node, int]]) -> None:
         for node, token_id in judged:
@@ -156,9 +158,8 @@ class Drafter:
         self.num_drafted += tree.num_drafted
         self.proposer.remove(message)
         if self._followed.pop(message.request_id, None) is None:
-            for sequence in tree.drop_lines():
-                self.lane.release(sequence, ())
-            self.lane.release(tree.sequence, tree.verified)
+            self._drop_guesses(message.request_id, tree)
+            self.lane.release(message.request_id, tree.verified)
         self._is_out_of_memory = False
 
     def has_work(self) -> bool:
@@ -172,7 +173,7 @@ class Drafter:
         """The guesses that have room for another one behind them."""
         return (node for node in tree.leaves() if tree.has_room(node) and node.depth < self.max_line)
 
-    def _choose(self) -> list[tuple[DraftTree, int, Node]]:
+    def _choose(self) -> list[Choice]:
         """The guesses that the next step computes: in lockstep all, else the likeliest, as many as pay."""
         found = [
             (tree, request_id, node)
@@ -198,8 +199,8 @@ class Drafter:
         seconds = self.step_times.seconds(1)
         return self.step_times.per_token / seconds if seconds > 0 else 0.1
 
-    def step(self) -> list[Line]:
-        """One draft forward over the guesses that are likeliest to stand; return the lines of their requests."""
+    def step(self) -> list[TokenTree]:
+        """One draft forward over the guesses that are likeliest to stand; return what is guessed of their requests."""
         self.num_steps += 1
         if not self.has_work():
             return []
@@ -208,88 +209,85 @@ class Drafter:
         chosen = self._choose()
         if not chosen:
             return []
+        chosen.sort(key=lambda each: each[1])  # the nodes of a request side by side, in the order of their chances
         windows = self._windows(chosen)
         try:
             logits = self.lane.forward(windows)
         except PearlOutOfBlocksError:
-            self._give_up(windows)
+            self._give_up()
             return []
-        computed = [(each, window) for each, window in zip(chosen, windows, strict=True) if window.num_logits]
-        self._propose(logits, computed)
+        computed = {window.request_id for window in windows if window.num_logits}
+        self._propose(logits, [each for each in chosen if each[1] in computed])
         ended = time.perf_counter()
         self.intervals.append((started, ended))
-        if all(len(window.token_ids) <= 4 for window in windows):  # Prefill says nothing about a draft step.
-            self.time_step(len(windows), ended - started)
-        return [self.line(request_id) for request_id in {each[1]: None for each, _ in computed}]
+        if all(len(window.token_ids) <= 4 or window.branches for window in windows):  # Prefill is no draft step.
+            self.time_step(len(chosen), ended - started)
+        return [self.token_tree(request_id) for request_id in computed]
 
     def time_step(self, num_guesses: int, seconds: float) -> None:
         """Learn what a draft step costs."""
         self.step_times.record(num_guesses, seconds)
 
-    def _propose(self, logits: torch.Tensor, computed: Sequence[tuple[tuple[DraftTree, int, Node], Window]]) -> None:
+    def _propose(self, logits: torch.Tensor, computed: Sequence[Choice]) -> None:
         if not computed:
             return
         prefixes = [
-            Prefix(request_id, tree.length(node), partial(tree.tokens, node))
-            for (tree, request_id, node), _ in computed
+            Prefix(request_id, tree.length(node), partial(tree.tokens, node)) for tree, request_id, node in computed
         ]
         guesses = self.proposer.propose(logits, prefixes, self.num_guesses)
-        for ((tree, _, node), window), found in zip(computed, guesses, strict=True):
-            candidates = [
-                Candidate(guess.token_id, guess.confidence, self.calibration.chance(guess.confidence, rank))
-                for rank, guess in enumerate(found)
-            ]
-            tree.computed(node, window.request_id, candidates)
+        for request_id, group in groupby(zip(computed, guesses, strict=True), key=lambda each: each[0][1]):
+            behind = list(group)
+            first = self.lane.length(request_id) - len(behind)
+            for place, ((tree, _, node), found) in enumerate(behind, start=first):
+                tree.computed(node, place, [self._candidate(*each) for each in enumerate(found)])
 
-    def _windows(self, chosen: Sequence[tuple[DraftTree, int, Node]]) -> list[Window]:
-        windows, taken = [], set()
-        for tree, _, node in chosen:
-            if node.parent is None:
-                tokens = tree.verified[self.lane.length(tree.sequence) :]
+    def _candidate(self, rank: int, guess: Guess) -> Candidate:
+        return Candidate(guess.token_id, guess.confidence, self.calibration.chance(guess.confidence, rank))
+
+    def _windows(self, chosen: Sequence[Choice]) -> list[Window]:
+        """One window per request: what is verified and not computed, or guesses."""
+        windows = []
+        for request_id, choices in groupby(chosen, key=lambda each: each[1]):
+            tree, nodes = self.trees[request_id], [node for _, _, node in choices]
+            length = self.lane.length(request_id)
+            if nodes[0].parent is None:
+                tokens = tree.verified[length:]
                 is_cut = len(tokens) > MAX_PREFILL_TOKENS
-                windows.append(Window(tree.sequence, tuple(tokens[:MAX_PREFILL_TOKENS]), int(not is_cut)))
+                windows.append(Window(request_id, tuple(tokens[:MAX_PREFILL_TOKENS]), int(not is_cut)))
                 continue
-            sequence = node.parent.sequence
-            assert sequence is not None
-            if sequence in taken or not tree.is_tip(node.parent):
-                new = next(self._line_numbers)
-                self.lane.fork(sequence, new, tree.length(node.parent))
-                sequence = new
-            taken.add(sequence)
-            windows.append(Window(sequence, (node.token_id,), 1))
+            paths = [(*tree.path(node), length + place) for place, node in enumerate(nodes)]
+            is_line = len(nodes) == 1 and len(paths[0]) == length + 1 - tree.num_verified
+            branches = None if is_line else Branches(tree.num_verified, tuple(paths))
+            windows.append(Window(request_id, tuple(node.token_id for node in nodes), len(nodes), branches))
         return windows
 
-    def _give_up(self, windows: Sequence[Window]) -> None:
+    def _give_up(self) -> None:
         """Memory has run out: drop all guesses, and draft no more until a request has ended."""
         self._is_out_of_memory = True  # Only guesses are lost; the target needs no draft.
-        held = {tree.sequence for tree in self.trees.values()}
-        dropped = {sequence for tree in self.trees.values() for sequence in tree.drop_lines()}
-        for sequence in dropped | {window.request_id for window in windows} - held:
-            self.lane.release(sequence, ())
         for request_id, tree in self.trees.items():
-            if request_id not in self._followed and self.lane.length(tree.sequence) > tree.num_verified - 1:
-                self.lane.rollback(tree.sequence, tree.num_verified - 1)
+            if request_id not in self._followed:
+                self._drop_guesses(request_id, tree)
+
+    def _drop_guesses(self, request_id: int, tree: DraftTree) -> None:
+        tree.drop_guesses()
+        if self.lane.length(request_id) > tree.num_verified - 1:
+            self.lane.rollback(request_id, tree.num_verified - 1)
 
     def report(self) -> DraftReport:
         """What the draft did in this call; every request must have been removed."""
         return DraftReport(len(self.intervals), self.num_drafted, self.num_prefilled, tuple(self.intervals))
 
-    def surviving_lines(self, request_ids: Iterable[int]) -> list[Line]:
-        """The lines of which a verdict has left something; they count as a step, for those who wait for one."""
-        lines = [self.line(request_id) for request_id in request_ids if request_id in self.trees]
-        lines = [line for line in lines if line.token_ids]
-        self.num_steps += bool(lines)
-        return [line._replace(num_steps=self.num_steps) for line in lines]
-
-    def line(self, request_id: int) -> Line:
-        """The best line of a request as it stands."""
+    def token_tree(self, request_id: int) -> TokenTree:
+        """What is guessed of a request as it stands."""
         tree = self.trees[request_id]
-        line = tree.line()
-        return Line(
+        nodes = tree.likeliest(MAX_PUBLISHED)
+        places: dict[Node | None, int] = {node: place for place, node in enumerate((tree.root, *nodes), start=-1)}
+        return TokenTree(
             request_id,
             tree.verdict_number,
             self.num_steps,
             tree.num_verified,
-            tuple(each.token_id for each in line),
-            tuple(each.chance for each in line),
+            tuple(node.token_id for node in nodes),
+            tuple(places[node.parent] for node in nodes),
+            tuple(node.candidate.chance for node in nodes if node.candidate),
         )

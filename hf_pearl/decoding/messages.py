@@ -5,12 +5,24 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+class Branches(NamedTuple):
+    """What the new tokens of a window follow where that is a branch of a tree, not all before them.
+
+    All of them follow the first `num_common` tokens of the sequence; `paths[i]` are the places in the sequence of the
+    further tokens that the `i`-th follows, from the tree's root on and itself included.
+    """
+
+    num_common: int
+    paths: tuple[tuple[int, ...], ...]
+
+
 class Window(NamedTuple):
     """New tokens of one sequence for one forward; logits are wanted after the last `num_logits` of them."""
 
     request_id: int
     token_ids: tuple[int, ...]
     num_logits: int
+    branches: Branches | None = None
 
 
 class Admission(NamedTuple):
@@ -41,11 +53,12 @@ class Removal(NamedTuple):
     request_id: int
 
 
-class Line(NamedTuple):
-    """The draft's best guess at what follows the first `root` tokens of a request. From the draft.
+class TokenTree(NamedTuple):
+    """What the draft guesses behind the first `root` tokens of a request, the likeliest guesses first. From the draft.
 
-    `chances[i]` is the estimated probability that `token_ids[i]` stands if all before it do. `verdict` is the number
-    of the last verdict the draft had seen, `num_steps` counts the draft steps of the call so far.
+    `parents[i]` is the place here of the guess before the `i`-th, always an earlier one; -1 where it follows the root.
+    `chances[i]` is the estimated probability that `token_ids[i]` stands if all before it do. `verdict` is the number of
+    the last verdict the draft had seen, `num_steps` counts the draft steps of the call so far.
     """
 
     request_id: int
@@ -53,6 +66,7 @@ class Line(NamedTuple):
     num_steps: int
     root: int
     token_ids: tuple[int, ...]
+    parents: tuple[int, ...]
     chances: tuple[float, ...]
 
 

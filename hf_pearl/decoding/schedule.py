@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from .messages import Line
+from .messages import TokenTree
 from .policy import Acceptance, ForwardTimes, LaunchRule, launch_rule, num_worth_verifying
 from .request import Request
 
@@ -21,8 +21,8 @@ class DraftRunner(Protocol):
 
     concurrent: bool
 
-    def line(self, request_id: int) -> Line | None:
-        """The last line that the draft has published for a request."""
+    def tree(self, request_id: int) -> TokenTree | None:
+        """What the draft has published last for a request."""
 
     @property
     def num_steps(self) -> int:
@@ -44,7 +44,7 @@ class DraftRunner(Protocol):
 
 
 class Guesses(NamedTuple):
-    """The usable part of a draft's line: what lies beyond the verified tokens."""
+    """The likeliest line of a draft's tree beyond the verified tokens."""
 
     token_ids: tuple[int, ...]
     chances: tuple[float, ...]
@@ -54,15 +54,23 @@ NO_GUESSES = Guesses((), ())
 STEP_TIMEOUT = 60.0
 
 
-def usable(line: Line | None, request: Request) -> Guesses:
-    """What of `line` continues the verified tokens; nothing where a verdict the draft has not seen overtook it."""
-    if line is None or line.root > len(request.verified):
+def usable(tree: TokenTree | None, request: Request) -> Guesses:
+    """The likeliest line of `tree` behind the verified tokens, whether or not the draft has seen their verdicts."""
+    if tree is None or tree.root > len(request.verified):
         return NO_GUESSES
-    since = request.verified[line.root :]
-    if list(line.token_ids[: len(since)]) != since:
-        return NO_GUESSES
-    first, last = len(since), len(since) + request.room
-    return Guesses(line.token_ids[first:last], line.chances[first:last])
+    node, places = -1, range(len(tree.token_ids))
+    for token_id in request.verified[tree.root :]:
+        behind = (place for place in places if (tree.parents[place], tree.token_ids[place]) == (node, token_id))
+        following = next(behind, None)
+        if following is None:
+            return NO_GUESSES
+        node = following
+    line: list[int] = []
+    for place in places[node + 1 :]:  # The likeliest child of a node comes first, and behind the node.
+        if tree.parents[place] == node and len(line) < request.room:
+            line.append(place)
+            node = place
+    return Guesses(tuple(tree.token_ids[place] for place in line), tuple(tree.chances[place] for place in line))
 
 
 class NoDraft:
@@ -94,7 +102,7 @@ class Lockstep(NoDraft):
             self._draft()
             self.draft.wait(self._granted, STEP_TIMEOUT)
         guesses = {
-            request.request_id: usable(self.draft.line(request.request_id), request).token_ids[: self.draft_length]
+            request.request_id: usable(self.draft.tree(request.request_id), request).token_ids[: self.draft_length]
             for request in requests
         }
         if self.overlap:
@@ -151,7 +159,7 @@ class FreeRunning(NoDraft):
         }
 
     def _guesses(self, request: Request) -> Guesses:
-        return usable(self.draft.line(request.request_id), request)
+        return usable(self.draft.tree(request.request_id), request)
 
     def _wait_pays(self, requests: Sequence[Request], guesses: dict[int, Guesses], rule: LaunchRule) -> bool:
         """Whether the lines that may still grow are likely enough, on average over all rows, to be waited for."""

@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteri
 from .calibration import Calibration
 from .drafting import MAX_LINE, MAX_WIDTH, Drafter
 from .loop import DecodingLoop
-from .messages import Admission, Grant, Line, Removal, Verdict, Window
+from .messages import Admission, Grant, Removal, TokenTree, Verdict, Window
 from .policy import Acceptance, ForwardTimes
 from .proposal import Guess, Prefix, Proposer
 from .request import Request
@@ -104,6 +104,10 @@ class RecordedLane:
         """Drop tokens."""
         self._lengths[request_id] = length
 
+    def keep(self, request_id: int, num_first: int, places: Sequence[int]) -> None:
+        """Drop tokens between others."""
+        self._lengths[request_id] = num_first + len(places)
+
     def release(self, request_id: int, verified: Sequence[int]) -> None:
         """End a sequence."""
         del self._lengths[request_id]
@@ -155,9 +159,9 @@ class VirtualDraft:
         self._free_running = free_running
         self._inbox: deque[Admission | Verdict | Removal | Grant] = deque()
         self._granted = 0
-        self._lines: dict[int, Line] = {}
+        self._trees: dict[int, TokenTree] = {}
         self._step_ends: float | None = None
-        self._made: list[Line] = []
+        self._made: list[TokenTree] = []
         self.num_steps = 0
 
     @property
@@ -180,9 +184,9 @@ class VirtualDraft:
         self._inbox.append(Grant(num_steps))
         self._begin()
 
-    def line(self, request_id: int) -> Line | None:
-        """The last line published for a request."""
-        return self._lines.get(request_id)
+    def tree(self, request_id: int) -> TokenTree | None:
+        """What was published last for a request."""
+        return self._trees.get(request_id)
 
     def wait(self, num_steps: int, timeout: float) -> bool:
         """Let time pass until `num_steps` steps are done."""
@@ -202,8 +206,8 @@ class VirtualDraft:
         self._clock.now = end
 
     def _publish(self) -> None:
-        for line in self._made:
-            self._lines[line.request_id] = line
+        for tree in self._made:
+            self._trees[tree.request_id] = tree
         self.num_steps = self._drafter.num_steps
         self._step_ends = None
 
@@ -211,19 +215,12 @@ class VirtualDraft:
         """Hear what is there, and begin a step if there is one to make."""
         if self._step_ends is not None:
             return
-        heard: dict[int, None] = {}
         while not self._granted and self._inbox:
             message = self._inbox.popleft()
             if isinstance(message, Grant):
                 self._granted += message.num_steps
             else:
                 self._drafter.handle(message)
-                if isinstance(message, Verdict):
-                    heard[message.request_id] = None
-        if self._free_running and heard:
-            self._made = self._drafter.surviving_lines(heard)
-            if self._made:
-                self._publish()
         if self._granted or (self._free_running and self._drafter.has_work()):
             self._granted = max(0, self._granted - 1)
             self._made = self._drafter.step()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ..decoding.drafting import Drafter
-from ..decoding.messages import Admission, Grant, Line, Removal, Verdict
+from ..decoding.messages import Admission, Grant, Removal, TokenTree, Verdict
 
 
 class EndOfCall(Exception):
@@ -26,17 +26,18 @@ class Inbox(Protocol):
         """
 
 
-def run_draft_loop(drafter: Drafter, inbox: Inbox, publish: Callable[[list[Line]], None], free_running: bool) -> None:
+def run_draft_loop(
+    drafter: Drafter, inbox: Inbox, publish: Callable[[list[TokenTree]], None], free_running: bool
+) -> None:
     """Draft until the call ends.
 
-    Free-running: hear everything, make a step if any line may grow, wait for a message otherwise. In lockstep and
+    Free-running: hear everything, make a step if any guess may grow, wait for a message otherwise. In lockstep and
     sequential schedules a grant is used up before the next message is heard, so that nothing depends on timing.
     """
     granted = 0
     while True:
-        heard: dict[int, None] = {}
         while not granted:
-            idle = not free_running or not (drafter.has_work() or heard)
+            idle = not free_running or not drafter.has_work()
             try:
                 message = inbox.get(block=idle)
             except EndOfCall:
@@ -47,11 +48,5 @@ def run_draft_loop(drafter: Drafter, inbox: Inbox, publish: Callable[[list[Line]
                 granted += message.num_steps
             else:
                 drafter.handle(message)
-                if isinstance(message, Verdict):
-                    heard[message.request_id] = None
-        if free_running and heard:
-            lines = drafter.surviving_lines(heard)
-            if lines:  # What stood ready for this verdict is of use before the next step ends.
-                publish(lines)
         publish(drafter.step())
         granted = max(0, granted - 1)

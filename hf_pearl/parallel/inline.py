@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from ..decoding.drafting import Drafter
-from ..decoding.messages import Admission, DraftReport, Line, Removal, Verdict
+from ..decoding.messages import Admission, DraftReport, Removal, TokenTree, Verdict
 from .lane import ModelLane
 
 
@@ -39,9 +39,9 @@ class InlineDraft:
         """Deliver a message, in order."""
         self._drafter.handle(message)
 
-    def line(self, request_id: int) -> Line | None:
-        """The line of a request."""
-        return self._drafter.line(request_id)
+    def tree(self, request_id: int) -> TokenTree | None:
+        """What is guessed of a request."""
+        return self._drafter.token_tree(request_id)
 
     def grant(self, num_steps: int) -> None:
         """Nothing to do: steps are made in `wait`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..cache import PagedPrefixCache, PagedSequence
 from ..cache.attention import paged_attention, paged_step, register
+from ..cache.sdpa import TreeMask
 from ..cache.step import PagedStep
 from ..decoding.messages import Window
 from ..errors import PearlOutOfBlocksError
@@ -83,7 +84,7 @@ class ModelLane:
         PearlOutOfBlocksError
             The tokens alone would not fit into the cache if it were empty.
         """
-        self.cache.check_fits(len(token_ids))
+        self.cache.pool.check_fits(len(token_ids), self.cache.block_size)
         known = token_ids if self.prefix_cache else ()
         self._sequences[request_id] = self.cache.allocate(known, self.cache_salt, max_length)
         return self._sequences[request_id].length
@@ -125,7 +126,7 @@ class ModelLane:
         kept: list[int] = []
         for sequence, window in zip(sequences, windows, strict=True):
             token_ids.extend(window.token_ids)
-            positions.extend(range(sequence.length - len(window.token_ids), sequence.length))
+            positions.extend(_positions(sequence, window))
             kept.extend(range(len(token_ids) - window.num_logits, len(token_ids)))
         known = self.vocab_size
         packed = torch.tensor([[token if token < known else 0 for token in token_ids]]).to(self.device)
@@ -134,7 +135,9 @@ class ModelLane:
             inputs["logits_to_keep"] = torch.tensor(kept, dtype=torch.long, device=self.device)
         # A NaN that is read from behind a row shows in the logits only where every new token has some.
         may_read_beyond = len(kept) == len(token_ids)
-        step = self.cache.begin_step(sequences, [len(window.token_ids) for window in windows], may_read_beyond)
+        num_new = [len(window.token_ids) for window in windows]
+        trees = [None if window.branches is None else TreeMask(*window.branches) for window in windows]
+        step = PagedStep(self.cache, sequences, num_new, may_read_beyond, trees)
         logits = self._compute(step, inputs)
         if step.has_read_beyond and math.isnan(logits.sum().item()):
             step.read_by_row()
@@ -167,9 +170,20 @@ class ModelLane:
         """Drop a sequence's tokens from position `length` on."""
         self.cache.rollback(self._sequences[request_id], length)
 
+    def keep(self, request_id: int, num_first: int, places: Sequence[int]) -> None:
+        """Drop a sequence's tokens but the first ones and those at `places`, ascending, which move up."""
+        self.cache.keep(self._sequences[request_id], num_first, places)
+
     def release(self, request_id: int, verified: Sequence[int]) -> None:
         """End a sequence; its `verified` tokens may be found again by later requests."""
         sequence = self._sequences.pop(request_id)
         if self.prefix_cache:
             self.cache.insert_prefix(sequence, verified)
         self.cache.free(sequence)
+
+
+def _positions(sequence: PagedSequence, window: Window) -> Iterable[int]:
+    if window.branches is None:
+        return range(sequence.length - len(window.token_ids), sequence.length)
+    num_common, paths = window.branches
+    return (num_common + len(path) - 1 for path in paths)

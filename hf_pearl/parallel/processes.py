@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 import time
 
-from ..decoding.messages import Admission, DraftReport, Grant, Line, Removal, Verdict
+from ..decoding.messages import Admission, DraftReport, Grant, Removal, TokenTree, Verdict
 from ..errors import PearlWorkerError
-from .records import BeginCall, EndCall, MalformedRecordError, Message, Status, decode_line
+from .records import BeginCall, EndCall, MalformedRecordError, Message, Status, decode_tree
 from .shared_memory import NUM_SLOTS, TIMELINE_LENGTH
 from .worker_process import WorkerProcess
 
@@ -36,7 +36,7 @@ class ProcessDraft:
         self._wire_ids: dict[int, int] = {}  # request id -> slot + NUM_SLOTS * generation, never used twice in a call
         self._free_slots = list(reversed(range(NUM_SLOTS)))
         self._generation = 0
-        self._lines: dict[int, tuple[bytes, Line | None]] = {}
+        self._trees: dict[int, tuple[bytes, TokenTree | None]] = {}
         self._intervals: list[tuple[float, float]] = []
         self._num_seen = 0
         self._error: PearlWorkerError | None = None
@@ -77,7 +77,7 @@ class ProcessDraft:
         self._put(message._replace(request_id=wire_id))
         if isinstance(message, Removal):
             self._free_slots.append(self._wire_ids.pop(message.request_id) % NUM_SLOTS)
-            self._lines.pop(message.request_id, None)
+            self._trees.pop(message.request_id, None)
 
     def grant(self, num_steps: int) -> None:
         """Allow `num_steps` more draft steps."""
@@ -87,28 +87,28 @@ class ProcessDraft:
         if self._error is None and not self._is_over:
             self._process.put(message)
 
-    def line(self, request_id: int) -> Line | None:
-        """The last line published for a request."""
+    def tree(self, request_id: int) -> TokenTree | None:
+        """What was published last for a request."""
         wire_id, channel = self._wire_ids.get(request_id), self._process.channel
         if wire_id is None or self._is_over or channel is None:
             return None
         self._process.flush()
         self._collect()
-        content = channel.line(wire_id % NUM_SLOTS).read()
+        content = channel.tree(wire_id % NUM_SLOTS).read()
         if content is None:
             return None
-        known = self._lines.get(request_id)
+        known = self._trees.get(request_id)
         if known is None or known[0] is not content:
-            known = self._lines[request_id] = content, self._decode(content, request_id, wire_id)
+            known = self._trees[request_id] = content, self._decode(content, request_id, wire_id)
         return known[1]
 
-    def _decode(self, content: bytes, request_id: int, wire_id: int) -> Line | None:
+    def _decode(self, content: bytes, request_id: int, wire_id: int) -> TokenTree | None:
         try:
-            call, line = decode_line(content, self._vocab_size)
+            call, tree = decode_tree(content, self._vocab_size)
         except MalformedRecordError as error:
             self._fail(str(error))
             return None
-        return line._replace(request_id=request_id) if (call, line.request_id) == (self._call, wire_id) else None
+        return tree._replace(request_id=request_id) if (call, tree.request_id) == (self._call, wire_id) else None
 
     def wait(self, num_steps: int, timeout: float) -> bool:
         """True when `num_steps` steps of this call are done, False after `timeout` seconds or without a worker."""

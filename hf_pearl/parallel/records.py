@@ -13,19 +13,19 @@ from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..decoding.messages import Admission, Grant, Line, Removal, Verdict
+from ..decoding.messages import Admission, Grant, Removal, TokenTree, Verdict
 from ..errors import PearlWorkerError
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_COUNT = 2**40
 MAX_PROMPT_TOKENS = 2**22
 MAX_VERDICT_TOKENS = 2**16
-MAX_LINE_TOKENS = 64
+MAX_TREE_TOKENS = 64
 MAX_OPTIONS_BYTES = 2**20
 
 _ADMISSION, _VERDICT, _REMOVAL, _GRANT, _BEGIN_CALL, _END_CALL, _CLEAR, _QUIT = range(1, 9)
 _WORD_MASK = 2**32 - 1
-_LINE_HEAD = struct.Struct("<6q")
+_TREE_HEAD = struct.Struct("<6q")
 _STATUS = struct.Struct("<qqqqqqd")
 
 
@@ -183,7 +183,7 @@ def _decode_begin_call(words: Sequence[int]) -> BeginCall:
     ranges = {
         "vocab_size": (1, MAX_TOKEN_ID),
         "pad_token_id": (0, MAX_TOKEN_ID),
-        "max_line": (1, MAX_LINE_TOKENS),
+        "max_line": (1, MAX_TREE_TOKENS),
         "num_blocks": (1, MAX_COUNT),
         "free_running": (False, True),
         "prefix_cache": (False, True),
@@ -200,34 +200,36 @@ def _decode_begin_call(words: Sequence[int]) -> BeginCall:
     return BeginCall(number, CallOptions(**options))
 
 
-def encode_line(call: int, line: Line) -> bytes:
-    """A line of the call numbered `call`."""
-    count = len(line.token_ids)
-    head = _LINE_HEAD.pack(call, line.request_id, line.verdict, line.num_steps, line.root, count)
-    return head + struct.pack(f"<{count}q{count}d", *line.token_ids, *line.chances)
+def encode_tree(call: int, tree: TokenTree) -> bytes:
+    """A tree of the call numbered `call`."""
+    count = len(tree.token_ids)
+    head = _TREE_HEAD.pack(call, tree.request_id, tree.verdict, tree.num_steps, tree.root, count)
+    return head + struct.pack(f"<{2 * count}q{count}d", *tree.token_ids, *tree.parents, *tree.chances)
 
 
-def decode_line(content: bytes, vocab_size: int) -> tuple[int, Line]:
-    """The call that a line belongs to, and the line, checked.
+def decode_tree(content: bytes, vocab_size: int) -> tuple[int, TokenTree]:
+    """The call that a tree belongs to, and the tree, checked.
 
     Raises
     ------
     MalformedRecordError
-        `content` holds no line over `vocab_size` tokens.
+        `content` holds no tree over `vocab_size` tokens.
     """
-    _check("bytes of a line", len(content), _LINE_HEAD.size, _LINE_HEAD.size + 16 * MAX_LINE_TOKENS)
-    *numbers, count = _LINE_HEAD.unpack_from(content)
+    _check("bytes of a tree", len(content), _TREE_HEAD.size, _TREE_HEAD.size + 24 * MAX_TREE_TOKENS)
+    *numbers, count = _TREE_HEAD.unpack_from(content)
     for number in numbers:
         _check("number", number, 0, MAX_COUNT)
-    _check("bytes of a line", len(content), _LINE_HEAD.size + 16 * count, _LINE_HEAD.size + 16 * count)
-    values = struct.unpack_from(f"<{count}q{count}d", content, _LINE_HEAD.size)
-    tokens, chances = values[:count], values[count:]
+    _check("bytes of a tree", len(content), _TREE_HEAD.size + 24 * count, _TREE_HEAD.size + 24 * count)
+    values = struct.unpack_from(f"<{2 * count}q{count}d", content, _TREE_HEAD.size)
+    tokens, parents, chances = values[:count], values[count : 2 * count], values[2 * count :]
     if count and (min(tokens) < 0 or max(tokens) >= vocab_size):
         raise MalformedRecordError(f"a guess outside the vocabulary of {vocab_size}")
+    if not all(-1 <= parent < place for place, parent in enumerate(parents)):
+        raise MalformedRecordError("a guess before the one it follows")
     if not all(0.0 <= chance <= 1.0 for chance in chances):  # NaN is not
         raise MalformedRecordError("a chance outside [0, 1]")
     call, request_id, verdict, num_steps, root = numbers
-    return call, Line(request_id, verdict, num_steps, root, tokens, chances)
+    return call, TokenTree(request_id, verdict, num_steps, root, tokens, parents, chances)
 
 
 def encode_status(status: Status) -> bytes:

@@ -10,7 +10,7 @@ reader may look at any moment, on any processor: a checksum over contents and se
 | status   | `record_words(...)`            | a sequenced `Status`                                     |
 | error    | `record_words(...)`            | a sequenced call number and text                         |
 | timeline | 2 `TIMELINE_LENGTH`            | start and end of the last draft steps, in seconds        |
-| lines    | `NUM_SLOTS` `record_words(...)` | a sequenced line per request                            |
+| trees    | `NUM_SLOTS` `record_words(...)` | a sequenced tree of guesses per request                 |
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import zlib
 from array import array
 from collections import deque
 
-from .records import MAX_LINE_TOKENS, MAX_OPTIONS_BYTES, MAX_PROMPT_TOKENS, MalformedRecordError
+from .records import MAX_OPTIONS_BYTES, MAX_PROMPT_TOKENS, MAX_TREE_TOKENS, MalformedRecordError
 
 NUM_SLOTS = 1024
 RING_WORDS = 2**16
 TIMELINE_LENGTH = 4096
 STATUS_BYTES = 64
 ERROR_BYTES = 4096
-LINE_BYTES = 48 + 16 * MAX_LINE_TOKENS
+TREE_BYTES = 48 + 24 * MAX_TREE_TOKENS
 MAX_FRAME_WORDS = 4096
 MAX_MESSAGE_WORDS = max(MAX_PROMPT_TOKENS, MAX_OPTIONS_BYTES // 8) + 16
 
@@ -219,7 +219,7 @@ class Channel:
         ("status", record_words(STATUS_BYTES)),
         ("error", record_words(ERROR_BYTES)),
         ("timeline", 2 * TIMELINE_LENGTH),
-        ("lines", NUM_SLOTS * record_words(LINE_BYTES)),
+        ("trees", NUM_SLOTS * record_words(TREE_BYTES)),
     )
     NUM_BYTES = 8 * sum(size for _, size in _PARTS)
 
@@ -234,21 +234,21 @@ class Channel:
         self.timeline = parts["timeline"].cast("B").cast("d")
         self.status, self.error = SequencedRecord(parts["status"]), SequencedRecord(parts["error"])
         parts["timeline"].release()
-        self._line_words = parts["lines"]
-        self._lines: dict[int, SequencedRecord] = {}
+        self._tree_words = parts["trees"]
+        self._trees: dict[int, SequencedRecord] = {}
 
-    def line(self, slot: int) -> SequencedRecord:
-        """The line in a slot."""
-        if slot not in self._lines:
-            size = record_words(LINE_BYTES)
-            self._lines[slot] = SequencedRecord(self._line_words[slot * size : (slot + 1) * size])
-        return self._lines[slot]
+    def tree(self, slot: int) -> SequencedRecord:
+        """The tree in a slot."""
+        if slot not in self._trees:
+            size = record_words(TREE_BYTES)
+            self._trees[slot] = SequencedRecord(self._tree_words[slot * size : (slot + 1) * size])
+        return self._trees[slot]
 
     def close(self) -> None:
         """Give the memory back; no part may be used afterwards."""
-        for record in (self.status, self.error, *self._lines.values()):
+        for record in (self.status, self.error, *self._trees.values()):
             record.release()
-        for view in (self.timeline, self.control, self.ring, self._line_words, self._words):
+        for view in (self.timeline, self.control, self.ring, self._tree_words, self._words):
             view.release()
         self._map.close()
 

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 
 from ..decoding.drafting import Drafter
-from ..decoding.messages import Admission, DraftReport, Grant, Line, Removal, Verdict
+from ..decoding.messages import Admission, DraftReport, Grant, Removal, TokenTree, Verdict
 from ..errors import PearlWorkerError
 from .draft_loop import EndOfCall, run_draft_loop
 from .lane import ModelLane
@@ -43,7 +43,7 @@ class ThreadDraft:
         self._drafter = drafter
         self._lane = lane
         self._inbox = _QueueInbox()
-        self._lines: dict[int, Line] = {}
+        self._trees: dict[int, TokenTree] = {}
         self._step_done = threading.Condition()
         self._num_steps = 0
         self._error: BaseException | None = None
@@ -63,10 +63,10 @@ class ThreadDraft:
             self._has_ended = True  # The thread itself is still alive while it says so.
             self._step_done.notify_all()
 
-    def _publish(self, lines: list[Line]) -> None:
+    def _publish(self, trees: list[TokenTree]) -> None:
         with self._step_done:
-            for line in lines:
-                self._lines[line.request_id] = line
+            for tree in trees:
+                self._trees[tree.request_id] = tree
             self._num_steps = self._drafter.num_steps
             self._step_done.notify_all()
 
@@ -98,9 +98,9 @@ class ThreadDraft:
         """Allow `num_steps` more draft steps."""
         self._inbox.queue.put(Grant(num_steps))
 
-    def line(self, request_id: int) -> Line | None:
-        """The last line published for a request."""
-        return self._lines.get(request_id)
+    def tree(self, request_id: int) -> TokenTree | None:
+        """What was published last for a request."""
+        return self._trees.get(request_id)
 
     def wait(self, num_steps: int, timeout: float) -> bool:
         """True when `num_steps` steps of this call are done, False after `timeout` seconds or without a lane."""

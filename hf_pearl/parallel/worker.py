@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..cache import PagedPrefixCache
 from ..decoding.calibration import Calibration
 from ..decoding.drafting import Drafter
-from ..decoding.messages import Admission, Grant, Line, Removal, Verdict
+from ..decoding.messages import Admission, Grant, Removal, TokenTree, Verdict
 from ..decoding.proposal import Proposer
 from . import records
 from .draft_loop import EndOfCall, run_draft_loop
@@ -116,10 +116,10 @@ class Outbox:
         self._channel, self._to_engine, self.call = channel, to_engine, call
         self._num_intervals = 0
 
-    def publish(self, drafter: Drafter, lines: Sequence[Line], is_finished: bool = False) -> None:
-        """Make lines and the progress of the call visible, and wake the engine."""
-        for line in lines:
-            self._channel.line(line.request_id % NUM_SLOTS).write(records.encode_line(self.call, line))
+    def publish(self, drafter: Drafter, trees: Sequence[TokenTree], is_finished: bool = False) -> None:
+        """Make guesses and the progress of the call visible, and wake the engine."""
+        for tree in trees:
+            self._channel.tree(tree.request_id % NUM_SLOTS).write(records.encode_tree(self.call, tree))
         for interval in drafter.intervals[self._num_intervals :]:
             place = 2 * (self._num_intervals % TIMELINE_LENGTH)
             self._channel.timeline[place], self._channel.timeline[place + 1] = interval
@@ -179,7 +179,7 @@ class DraftServer:
         drafter = Drafter(lane, proposer, self.calibration, options.max_line, options.free_running)
         with lane.ready():
             outbox.publish(drafter, [])
-            run_draft_loop(drafter, self.inbox, lambda lines: outbox.publish(drafter, lines), options.free_running)
+            run_draft_loop(drafter, self.inbox, lambda trees: outbox.publish(drafter, trees), options.free_running)
             outbox.publish(drafter, [], is_finished=True)
 
     def _cache_for(self, options: records.CallOptions) -> PagedPrefixCache:
