@@ -18,6 +18,7 @@ from .generation import PearlGenerationMixin
 from .outputs import PearlGenerateOutput
 from .pair import load_demo_pair
 from .registry import clear_cache, release
+from .simulate import SimulatedTimes, record_traces, simulate
 
 __version__ = "0.1.0"
 
@@ -31,9 +32,12 @@ __all__ = [
     "PearlStats",
     "PearlUnsupportedModelError",
     "PearlWorkerError",
+    "SimulatedTimes",
     "clear_cache",
     "disable",
     "enable",
     "load_demo_pair",
+    "record_traces",
     "release",
+    "simulate",
 ]
