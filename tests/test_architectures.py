@@ -14,6 +14,7 @@ from models import enabled_for_tiny_models
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_pearl import PagedPrefixCache, PearlUnsupportedModelError
+from hf_pearl.cache import step as cache_step
 from hf_pearl.cache.sizing import CacheNeeds
 from hf_pearl.cache.support import TESTED_FAMILIES, check_supported
 from hf_pearl.decoding.messages import Branches, Window
@@ -121,8 +122,9 @@ class Comparison:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_are_those_of_a_dynamic_cache(name: str) -> None:
-    """Prefill, decode, ragged windows, rollback and fork, on scattered blocks, beyond every window."""
+def test_logits_are_those_of_a_dynamic_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill, decode, ragged windows, rollback, fork, trees, on scattered blocks, beyond every window."""
+    monkeypatch.setattr(cache_step, "MIN_SAVED_KEYS", 64)
     model = build(FAMILIES[name])
     check_supported(model)
     compare = Comparison(model, 1)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from .paged_sequence import PagedSequence
 
 
-MIN_SHARED_KEYS = 64
+# Reads of a key that are saved where all rows share it. Measured on a CPU with 2 to 16 rows: from here on it was
+# faster; 1.04 times a step of 4 rows that share 256 tokens, 0.87 of 8 and 128, 0.5 of 16 and 512.
+MIN_SAVED_KEYS = 800
 
 
 class Attention(NamedTuple):
@@ -114,7 +116,7 @@ class PagedStep:
         if len(self.sequences) == 1:
             return 0
         num_tokens = num_shared_blocks([each.block_table for each in self.sequences]) * self.cache.block_size
-        return num_tokens if num_tokens >= MIN_SHARED_KEYS else 0
+        return num_tokens if num_tokens * (len(self.sequences) - 1) >= MIN_SAVED_KEYS else 0
 
     def _write_slots(self, device: torch.device) -> Slots:
         """Where the new tokens go."""
