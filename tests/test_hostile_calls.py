@@ -123,3 +123,17 @@ def test_an_interrupt_while_blocks_change_hands(
     assert_nothing_held(target)
     assert torch.equal(target.generate(**inputs, **OPTIONS, assistant_model=target, pearl=INLINE), expected)
     assert all(cache.pool.num_referenced == 0 for cache in engine_for(target, target).caches.values())
+
+
+def test_a_prompt_that_gives_nan_leaves_nothing_to_be_found(target: PreTrainedModel) -> None:
+    """Masked attention multiplies what it does not see by zero, and a NaN reaches the tokens before it."""
+    shared, bad = list(range(10, 50)), 7
+    with torch.no_grad():
+        target.get_input_embeddings().weight[bad] = torch.nan
+    prompts = [torch.tensor([[*shared, last]]) for last in (bad, 5)]
+    expected = target.generate(prompts[1], **OPTIONS)
+    assert expected[0, len(shared) + 1 :].any()
+    for prompt in (*prompts, prompts[1]):
+        output = target.generate(prompt, **OPTIONS, pearl=INLINE, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected)
+    assert output.pearl.prefilled_tokens == 1

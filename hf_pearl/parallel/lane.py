@@ -49,6 +49,7 @@ class ModelLane:
         self.cache_salt = cache_salt
         self.vocab_size = model.get_input_embeddings().num_embeddings
         self._sequences: dict[int, PagedSequence] = {}
+        self._with_nan: set[int] = set()  # Masked attention spreads a NaN to tokens before it: nobody may find those.
         self._no_mask = torch.zeros(1, 1, 1, 1)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -73,6 +74,7 @@ class ModelLane:
             for sequence in self._sequences.values():
                 self.cache.free(sequence)
             self._sequences.clear()
+            self._with_nan.clear()
             for module in training:  # One by one: a part of a model that is trained may be frozen.
                 module.training = True
 
@@ -142,7 +144,10 @@ class ModelLane:
         if step.has_read_beyond and math.isnan(logits.sum().item()):
             step.read_by_row()
             logits = self._compute(step, inputs)
-        return logits if logits.shape[0] == len(kept) else logits[kept]
+        logits = logits if logits.shape[0] == len(kept) else logits[kept]
+        if math.isnan(logits.sum().item()):
+            self._with_nan.update(window.request_id for window in windows)
+        return logits
 
     def _compute(self, step: PagedStep, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         # A mask of four dimensions is passed on as it is and never read: nobody takes the time to make one.
@@ -177,7 +182,7 @@ class ModelLane:
     def release(self, request_id: int, verified: Sequence[int]) -> None:
         """End a sequence; its `verified` tokens may be found again by later requests."""
         sequence = self._sequences.pop(request_id)
-        if self.prefix_cache:
+        if self.prefix_cache and request_id not in self._with_nan:
             self.cache.insert_prefix(sequence, verified)
         self.cache.free(sequence)
 
