@@ -13,7 +13,7 @@ import torch
 from ..errors import PearlOutOfBlocksError
 from .calibration import MAX_RANKS, Calibration
 from .draft_tree import Candidate, DraftTree, Node
-from .messages import Admission, Branches, DraftReport, Removal, TokenTree, Verdict, Window
+from .messages import MAX_TREE_TOKENS, Admission, Branches, DraftReport, Removal, TokenTree, Verdict, Window
 from .policy import ForwardTimes
 from .proposal import Guess, Prefix, Proposer
 
@@ -22,11 +22,11 @@ MAX_LINE = 32
 # after a rejection than be of use. In simulation 0.05 gave 2 to 4% more tokens per second than 0, and 0.1 no more.
 MIN_CHANCE = 0.02
 # Further guesses in a step that is made anyway cost little: those down to this share of what a row costs are taken.
-# Both found on two CPU cores: 4 and 12 guesses and shares of 0.3 to 1 were within 5%, a share of 0.1 15% slower.
+# Both found on two CPU cores: 4 and 12 guesses and shares of 0.3 to 1 were within 10%, which
+# is the spread of such runs, a share of 0.1 15% slower.
 ROW_SHARE = 0.5
 MAX_WIDTH = 8
 MAX_PREFILL_TOKENS = 1024
-MAX_PUBLISHED = 64
 
 
 Choice = tuple[DraftTree, int, Node]  # a guess to compute, its tree, and its request
@@ -280,7 +280,7 @@ class Drafter:
     def token_tree(self, request_id: int) -> TokenTree:
         """What is guessed of a request as it stands."""
         tree = self.trees[request_id]
-        nodes = tree.likeliest(MAX_PUBLISHED)
+        nodes = tree.likeliest(MAX_TREE_TOKENS)
         places: dict[Node | None, int] = {node: place for place, node in enumerate((tree.root, *nodes), start=-1)}
         return TokenTree(
             request_id,

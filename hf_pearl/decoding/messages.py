@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+MAX_TREE_TOKENS = 64  # guesses of a published tree
+
 
 class Branches(NamedTuple):
     """What the new tokens of a window follow where that is a branch of a tree, not all before them.

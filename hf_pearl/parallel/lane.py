@@ -141,13 +141,14 @@ class ModelLane:
         trees = [None if window.branches is None else TreeMask(*window.branches) for window in windows]
         step = PagedStep(self.cache, sequences, num_new, may_read_beyond, trees)
         logits = self._compute(step, inputs)
-        if step.has_read_beyond and math.isnan(logits.sum().item()):
+        has_nan = math.isnan(logits.sum().item())
+        if has_nan and step.has_read_beyond:
             step.read_by_row()
             logits = self._compute(step, inputs)
-        logits = logits if logits.shape[0] == len(kept) else logits[kept]
-        if math.isnan(logits.sum().item()):
+            has_nan = math.isnan(logits.sum().item())
+        if has_nan:
             self._with_nan.update(window.request_id for window in windows)
-        return logits
+        return logits if logits.shape[0] == len(kept) else logits[kept]
 
     def _compute(self, step: PagedStep, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         # A mask of four dimensions is passed on as it is and never read: nobody takes the time to make one.

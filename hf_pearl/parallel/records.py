@@ -13,14 +13,13 @@ from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..decoding.messages import Admission, Grant, Removal, TokenTree, Verdict
+from ..decoding.messages import MAX_TREE_TOKENS, Admission, Grant, Removal, TokenTree, Verdict
 from ..errors import PearlWorkerError
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_COUNT = 2**40
 MAX_PROMPT_TOKENS = 2**22
 MAX_VERDICT_TOKENS = 2**16
-MAX_TREE_TOKENS = 64
 MAX_OPTIONS_BYTES = 2**20
 
 _ADMISSION, _VERDICT, _REMOVAL, _GRANT, _BEGIN_CALL, _END_CALL, _CLEAR, _QUIT = range(1, 9)

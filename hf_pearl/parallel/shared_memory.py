@@ -22,7 +22,8 @@ import zlib
 from array import array
 from collections import deque
 
-from .records import MAX_OPTIONS_BYTES, MAX_PROMPT_TOKENS, MAX_TREE_TOKENS, MalformedRecordError
+from ..decoding.messages import MAX_TREE_TOKENS
+from .records import MAX_OPTIONS_BYTES, MAX_PROMPT_TOKENS, MalformedRecordError
 
 NUM_SLOTS = 1024
 RING_WORDS = 2**16
