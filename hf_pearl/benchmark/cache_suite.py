@@ -124,14 +124,14 @@ def shared_memory(model: PreTrainedModel) -> Figures:
 
 
 def fork_and_drop(model: PreTrainedModel, num_steps: int) -> Figures:
-    """Milliseconds to fork a line, make room for one more token, and drop it; and to copy a block of every layer."""
+    """Milliseconds to fork and drop a line, to do so with a token written to it, and to copy a block of every layer."""
     lane = paged_rows(model, [PROMPT_TOKENS + DEFAULT_BLOCK_SIZE // 2])
     cache, sequence = lane.cache, lane._sequences[0]
     first, second = (slice(block * cache.block_size, (block + 1) * cache.block_size) for block in (0, 1))
 
-    def fork() -> None:
+    def fork(num_new: int) -> None:
         line = cache.fork(sequence)
-        cache.append(line, 1)
+        cache.append(line, num_new)
         cache.free(line)
 
     def copy() -> None:
@@ -139,7 +139,11 @@ def fork_and_drop(model: PreTrainedModel, num_steps: int) -> Figures:
             layer.copy(first, second)
 
     nothing = lambda: None  # noqa: E731
-    turns = {"fork": Turn(fork, nothing), "block_copy": Turn(copy, nothing)}
+    turns = {
+        "fork": Turn(lambda: fork(0), nothing),
+        "fork_and_write": Turn(lambda: fork(1), nothing),
+        "block_copy": Turn(copy, nothing),
+    }
     seconds = in_turns(turns, 10 * num_steps, model.device)
     return {"tokens": sequence.length, **_milliseconds(seconds), "ratio": seconds["fork"] / seconds["block_copy"]}
 
@@ -179,7 +183,7 @@ def paged_step(model: PreTrainedModel, lane: ModelLane) -> Turn:
         for row, length in lengths.items():
             lane.rollback(row, length)
 
-    return Turn(torch.no_grad()(lambda: lane.forward(windows)), undo, lambda: paged_attention(model))
+    return Turn(lambda: lane.forward(windows), undo, lambda: paged_attention(model))
 
 
 def new_cache(

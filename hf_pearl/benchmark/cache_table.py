@@ -23,7 +23,8 @@ def cache_table(saved: dict[str, Any]) -> str:
         f"- Memory of {memory['requests']} requests with one prompt of {memory['prompt_tokens']} tokens: "
         f"{memory['ratio']:.2f}x of one; {memory['new_tokens']} tokens later {memory['ratio_later']:.2f}x "
         f"(their tokens: {memory['ratio_of_tokens_later']:.2f}x).",
-        f"- To fork a line of {fork['tokens']} tokens, add one, and drop it: {fork['fork_ms']:.2f} ms; "
+        f"- To fork and drop a line of {fork['tokens']} tokens: {fork['fork_ms']:.2f} ms, "
+        f"{fork['fork_and_write_ms']:.2f} ms if a token is written to it; "
         f"to copy one block of every layer: {fork['block_copy_ms']:.2f} ms.",
         f"- A decode step of 4 rows on scattered blocks, in ms by block size: {sizes}; "
         f"in runs: {saved['block_sizes'][0]['runs_ms']:.1f} with any.",

@@ -16,6 +16,7 @@ from ..cache.sdpa import TreeMask
 from ..cache.step import PagedStep
 from ..decoding.messages import Window
 from ..errors import PearlOutOfBlocksError
+from .inference import may_use_inference_mode
 
 
 def output_vocab_size(model: PreTrainedModel) -> int:
@@ -51,6 +52,7 @@ class ModelLane:
         self._sequences: dict[int, PagedSequence] = {}
         self._with_nan: set[int] = set()  # Masked attention spreads a NaN to tokens before it: nobody may find those.
         self._no_mask = torch.zeros(1, 1, 1, 1)
+        self._may_use_inference_mode = may_use_inference_mode(model)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -151,9 +153,13 @@ class ModelLane:
         return logits if logits.shape[0] == len(kept) else logits[kept]
 
     def _compute(self, step: PagedStep, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        # A mask of four dimensions is passed on as it is and never read: nobody takes the time to make one.
-        with paged_step(step):
-            return self.model(**inputs, attention_mask=self._no_mask, use_cache=False).logits[0]
+        is_inside = torch.is_inference_mode_enabled()
+        mode = torch.inference_mode if self._may_use_inference_mode else torch.no_grad
+        with paged_step(step), mode():
+            # A mask of four dimensions is passed on as it is and never read: nobody takes the time to make one.
+            logits = self.model(**inputs, attention_mask=self._no_mask, use_cache=False).logits[0]
+        # A processor may write to them.
+        return logits.clone() if logits.is_inference() and not is_inside else logits
 
     def _append(self, sequences: list[PagedSequence], windows: Sequence[Window]) -> None:
         done: list[tuple[PagedSequence, int]] = []

@@ -199,7 +199,6 @@ def main() -> None:
     if cores:
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(num_threads)
-    torch.set_grad_enabled(False)
     with open(arguments.shipment, "rb") as file:
         shipment = pickle.load(file)
     model = build(shipment, arguments.weights)
@@ -215,7 +214,8 @@ def main() -> None:
         server = DraftServer(model, channel, inbox, arguments.to_engine)
         channel.status.write(records.encode_status(Status(0, True, 0, 0, 0, 0, 0.0)))
         os.eventfd_write(arguments.to_engine, 1)
-        server.serve()
+        with torch.inference_mode():
+            server.serve()
     except ParentGone:
         return
     except BaseException:

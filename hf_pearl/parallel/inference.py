@@ -1,0 +1,38 @@
+"""Whether a model's forwards may run in inference mode, which takes a small model 5 to 8% less time than no_grad does.
+
+What is computed there can never take part in training. So it must not stay behind in the model, nor reach anybody who
+may look into its forward: such models run without gradients only, as in transformers' own `generate`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.modules import module as torch_module
+from transformers import PreTrainedModel
+
+from ..cache.support import TESTED_FAMILIES
+
+_KNOWN_PACKAGES = ("torch", "transformers")
+
+
+def may_use_inference_mode(model: PreTrainedModel) -> bool:
+    """Whether nothing that is computed in a forward of `model` is kept in it or shown to anybody.
+
+    Known to be so for the families of docs/models.md, made of torch's and transformers' own modules with plain weights
+    (quantised ones may be converted in the first forward), without hooks, and with no forward replaced (accelerate,
+    torch.compile).
+    """
+    return (
+        model.config.get_text_config().model_type in TESTED_FAMILIES
+        and not torch_module._has_any_global_hook()
+        and all(map(_is_plain, model.modules()))
+    )
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    is_known = type(module).__module__.partition(".")[0] in _KNOWN_PACKAGES
+    is_watched = module._forward_hooks or module._forward_pre_hooks
+    is_replaced = "forward" in vars(module) or module._compiled_call_impl is not None
+    parameters = (parameter for parameter in module._parameters.values() if parameter is not None)
+    has_plain_weights = all(type(parameter) is torch.nn.Parameter for parameter in parameters)
+    return is_known and has_plain_weights and not is_watched and not is_replaced
