@@ -25,7 +25,8 @@ class PearlConfig:
         the verdict always says what the one token drafted beside it could have said.
     execution : {"auto", "inline", "threads", "processes"}
         How the draft lane runs: in the caller's thread, in a thread, or in a process of its own. "auto" takes what is
-        fastest on the devices at hand.
+        fastest on the devices at hand, and with `draft_length="auto"` lets the draft rest while decoding is faster
+        without it.
     overlap : bool
         Draft while the target verifies. False is ordinary (sequential) speculative decoding, for comparison.
     verification : {"coupled", "rejection"}

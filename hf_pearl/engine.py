@@ -16,6 +16,7 @@ from .cache import PagedPrefixCache
 from .cache.sizing import CacheNeeds, num_blocks_for
 from .cache.support import check_supported
 from .config import PearlConfig
+from .decoding.benefit import Benefits
 from .decoding.calibration import Calibration
 from .decoding.drafting import MAX_WIDTH, Drafter
 from .decoding.loop import DecodingLoop
@@ -29,8 +30,9 @@ from .decoding.rules import Rules
 from .decoding.schedule import FreeRunning, Lockstep, NoDraft
 from .decoding.stats import PearlStats, overlap
 from .decoding.verification import Verifier
+from .decoding.while_pays import WhilePays
 from .fingerprint import fingerprint
-from .parallel.cores import leaving_cores
+from .parallel.cores import SharedCores, leaving_cores
 from .parallel.draft_workers import DraftWorkers, Execution
 from .parallel.inline import InlineDraft
 from .parallel.lane import ModelLane, output_vocab_size
@@ -65,6 +67,8 @@ class PearlEngine:
         self.calibration = Calibration()
         self.forward_times = ForwardTimes()
         self.acceptance = Acceptance()
+        self.benefits = {is_sampled: Benefits() for is_sampled in (False, True)}
+        self._has_warned = False
         self._fingerprints: dict[str, object] = {}
         self._shares: dict[tuple[torch.device, int], int] = {}
 
@@ -100,14 +104,16 @@ class PearlEngine:
             with (
                 self._sound_caches(),
                 target_lane.ready(),
-                self._draft(target_lane, draft, requests, rules, config, stats) as runner,
+                leaving_cores() as cores,
+                self._draft(target_lane, draft, requests, rules, config, stats, cores) as runner,
             ):
                 verifier = Verifier(requests, rules, target_lane.device)
-                schedule = self._schedule(runner, config)
+                schedule = self._schedule(runner, cores, config, rules.do_sample)
                 loop = DecodingLoop(target_lane, requests, verifier, schedule, runner, stats)
                 loop.run()
                 if runner is not None:
                     self._report(runner, loop, stats)
+                    self._warn_if_it_does_not_pay()
             stats.evicted_blocks = cache.statistics.evicted_blocks - num_evicted
             stats.cached_blocks = cache.pool.num_cached
             stats.target_seconds = sum(end - start for start, end in loop.intervals)
@@ -168,6 +174,7 @@ class PearlEngine:
         rules: Rules,
         config: PearlConfig,
         stats: PearlStats,
+        cores: SharedCores,
     ) -> Iterator[Runner | None]:
         """The draft lane of a call, with every request admitted; ended in whatever state it is."""
         if draft is None:
@@ -176,13 +183,13 @@ class PearlEngine:
         num_blocks = self.caches["draft"].pool.max_blocks
         stats.execution = execution = self.workers.choose(config, draft, self._fingerprints["draft"], num_blocks)
         vocab_size = output_vocab_size(target_lane.model)
-        with leaving_cores(1 if execution == "processes" else 0):
-            runner = self._runner(execution, draft, vocab_size, rules, config)
-            try:
-                self._admit(runner, draft, requests)
-                yield runner
-            finally:
-                runner.abort()
+        cores.leave(1 if execution == "processes" else 0)
+        runner = self._runner(execution, draft, vocab_size, rules, config)
+        try:
+            self._admit(runner, draft, requests)
+            yield runner
+        finally:
+            runner.abort()
 
     def _runner(
         self, execution: Execution, draft: PreTrainedModel, vocab_size: int, rules: Rules, config: PearlConfig
@@ -218,12 +225,28 @@ class PearlEngine:
                 )
             )
 
-    def _schedule(self, runner: Runner | None, config: PearlConfig) -> NoDraft:
+    def _schedule(self, runner: Runner | None, cores: SharedCores, config: PearlConfig, is_sampled: bool) -> NoDraft:
         if runner is None:
             return NoDraft()
-        if config.draft_length == "auto":
-            return FreeRunning(runner, self.forward_times, self.acceptance, config.overlap)
-        return Lockstep(runner, config.draft_length, config.overlap)
+        if config.draft_length != "auto":
+            return Lockstep(runner, config.draft_length, config.overlap)
+        drafting = FreeRunning(runner, self.forward_times, self.acceptance, config.overlap)
+        if config.execution != "auto":  # Whoever says how the draft runs wants it to run.
+            return drafting
+        num_left = cores.num_left
+        return WhilePays(drafting, runner, self.benefits[is_sampled], lambda leaves: cores.leave(leaves * num_left))
+
+    def _warn_if_it_does_not_pay(self) -> None:
+        """Say once that decoding goes on without the draft."""
+        useless = [each for benefits in self.benefits.values() for each in benefits.all if each.phase == "rest"]
+        if useless and not self._has_warned:
+            self._has_warned = True
+            drafted, plain = useless[0].drafted_rate, useless[0].plain_rate
+            logger.warning(
+                f"`assistant_model` does not make this model faster here: {drafted:.0f} tokens per second and row with "
+                f"it, {plain:.0f} without. Decoding goes on without it, and tries it again from time to time. A "
+                f'smaller or better matching draft may help; an `execution` that is not "auto" keeps it at work.'
+            )
 
     @staticmethod
     def _report(runner: Runner, loop: DecodingLoop, stats: PearlStats) -> None:
@@ -264,4 +287,5 @@ class PearlEngine:
                 self.caches[name] = PagedPrefixCache(model.config, num_blocks, eight_bit=made_for[2], device=device)
             elif now != self._fingerprints.get(name):
                 cache.reset_pools()
+                self.benefits = {is_sampled: Benefits() for is_sampled in (False, True)}
             self._fingerprints[name] = now

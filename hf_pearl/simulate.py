@@ -20,7 +20,8 @@ from .decoding.calibration import MAX_RANKS
 from .decoding.messages import Admission
 from .decoding.noise import request_seed
 from .decoding.proposal import Prefix, Proposer
-from .decoding.simulation import Costs, TracedGuess, simulate_run
+from .decoding.recorded import TracedGuess
+from .decoding.simulation import Costs, simulate_run
 from .generation import pearl_generate
 from .parallel.lane import output_vocab_size
 

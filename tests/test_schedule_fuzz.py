@@ -36,6 +36,7 @@ from transformers import (
 
 from hf_pearl.cache import PagedPrefixCache
 from hf_pearl.decoding import drafting, loop
+from hf_pearl.decoding.benefit import Benefit, Benefits
 from hf_pearl.decoding.calibration import Calibration
 from hf_pearl.decoding.draft_tree import Candidate, DraftTree
 from hf_pearl.decoding.drafting import Drafter
@@ -50,6 +51,7 @@ from hf_pearl.decoding.rules import Rules
 from hf_pearl.decoding.schedule import NO_GUESSES, FreeRunning, Lockstep, NoDraft, usable
 from hf_pearl.decoding.stats import PearlStats
 from hf_pearl.decoding.verification import Verifier
+from hf_pearl.decoding.while_pays import WhilePays
 from hf_pearl.parallel.lane import ModelLane
 
 RUNS_PER_CASE = 6
@@ -68,6 +70,7 @@ class ArbitraryDraft:
         self.step_seconds = chance.choice((0.0, 1e-4, 1e-2))
         self.max_line = drafter.max_line
         self.num_steps = 0
+        self.is_resting = False
         self._inbox: deque[Admission | Verdict | Removal] = deque()
         self._made: deque[tuple[int, list[TokenTree]]] = deque()
         self._published: dict[int, list[TokenTree]] = {}
@@ -86,6 +89,14 @@ class ArbitraryDraft:
     def _hear(self) -> None:
         for _ in range(min(len(self._inbox), self.chance.randint(1, 4))):
             self.drafter.handle(self._inbox.popleft())
+
+    @property
+    def is_ready(self) -> bool:
+        return self.chance.random() < 0.9
+
+    def rest(self, is_resting: bool) -> None:
+        self.is_resting = is_resting  # It may go on all the same: nobody relies on its being quick to hear.
+        self.run_a_while()
 
     def _step(self) -> None:
         if self.drafter.has_work() or self.chance.random() < 0.1:
@@ -297,7 +308,23 @@ def draw_schedule(draft: ArbitraryDraft, chance: random.Random) -> NoDraft:
     forward_times, acceptance = ForwardTimes(), Acceptance(prior=chance.random())
     for _ in range(chance.choice((0, 3))):
         forward_times.record(chance.randint(1, 9), chance.random())
-    return FreeRunning(draft, forward_times, acceptance, overlap)
+    free_running = FreeRunning(draft, forward_times, acceptance, overlap)
+    if chance.random() < 0.5:
+        return free_running
+    return WhilePays(free_running, draft, RestlessBenefits(chance), lambda is_leaving: None, draw_clock(chance))
+
+
+class RestlessBenefits(Benefits):
+    """Sends the draft to rest and back at any moment."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__()
+        self.chance, self.share = chance, chance.choice((0.1, 0.5, 0.9))
+
+    def of(self, num_rows: int) -> Benefit:
+        benefit = super().of(num_rows)
+        benefit.phase = "draft" if self.chance.random() < self.share else "rest"
+        return benefit
 
 
 def draw_clock(chance: random.Random) -> Callable[[], float]:

@@ -12,7 +12,8 @@ from models import enabled_for_tiny_models, noisy_copy, tiny_model
 
 import hf_pearl
 from hf_pearl import PearlConfig
-from hf_pearl.decoding.simulation import Costs, TracedGuess, simulate_run
+from hf_pearl.decoding.recorded import TracedGuess
+from hf_pearl.decoding.simulation import Costs, simulate_run
 
 
 @pytest.fixture(scope="module", autouse=True)

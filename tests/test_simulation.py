@@ -20,7 +20,8 @@ from hf_pearl.decoding.policy import (
     launch_rule,
     num_worth_verifying,
 )
-from hf_pearl.decoding.simulation import Costs, TracedGuess, simulate_run
+from hf_pearl.decoding.recorded import TracedGuess
+from hf_pearl.decoding.simulation import Costs, simulate_run
 from hf_pearl.decoding.stats import Interval, overlap
 
 FORWARD, STEP = 5.0, 1.0

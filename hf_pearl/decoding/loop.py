@@ -91,6 +91,7 @@ class DecodingLoop:
         ended = self.clock()
         self.intervals.append((started, ended))
         self.stats.target_forwards += 1
+        self.stats.undrafted_forwards += self.schedule.is_resting
         self.schedule.after_forward()
         self._queue(launch, logits)
         verdicts = self.verifier.judge()
@@ -136,9 +137,10 @@ class DecodingLoop:
         self.stats.verified_draft_tokens += sum(len(guess) for guess in launch.guesses)
         if launch.is_decode:
             self.stats.decode_windows += len(launch.windows)
-            self.stats.decode_tokens += sum(len(tokens) for tokens in verdicts.values())
+            num_verified = sum(len(tokens) for tokens in verdicts.values())
+            self.stats.decode_tokens += num_verified
             num_tokens = sum(len(window.token_ids) for window in launch.windows)
-            self.schedule.learn(num_tokens, seconds, [guess.stood for guess in judged])
+            self.schedule.learn(num_tokens, seconds, num_verified, [guess.stood for guess in judged])
 
     def _commit(self, verdicts: dict[int, tuple[int, ...]]) -> None:
         """Tell the draft, and drop from the target's cache what did not stand."""
@@ -146,16 +148,22 @@ class DecodingLoop:
             tokens = verdicts.get(request.request_id)
             if tokens is None:
                 continue
-            request.num_verdicts += 1
             self.stats.generated_tokens += len(tokens)
             if request.finished or not request.pending:
                 valid = min(self.target.length(request.request_id), len(request.verified) - 1)
                 self.target.rollback(request.request_id, valid)
-            if self.draft is not None:
-                self.draft.send(Verdict(request.request_id, request.num_verdicts, tokens))
+            if self.draft is not None and not self.schedule.is_resting:
+                self._tell(self.draft, request)
         for request in self.requests:
             if request.finished and not request.is_released:
                 request.is_released = True
                 self.scheduler.end(request)
                 if self.draft is not None:
                     self.draft.send(Removal(request.request_id))
+
+    @staticmethod
+    def _tell(draft: VerdictSink, request: Request) -> None:
+        """Send all that is verified and that the draft has not heard of: while it rested, it heard nothing."""
+        request.num_verdicts += 1
+        draft.send(Verdict(request.request_id, request.num_verdicts, tuple(request.verified[request.num_told :])))
+        request.num_told = len(request.verified)

@@ -78,6 +78,12 @@ class Grant(NamedTuple):
     num_steps: int
 
 
+class Rest(NamedTuple):
+    """Draft no more, or go on. To the draft."""
+
+    is_resting: bool
+
+
 class DraftReport(NamedTuple):
     """What the draft did in a call. From the draft, at its end."""
 

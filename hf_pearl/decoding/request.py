@@ -53,6 +53,8 @@ class Request:
         Logits that are computed but not judged: rows of a slab wait for each other.
     judged : list of JudgedGuess
         Draft tokens judged since the loop last counted them.
+    num_verdicts, num_told : int
+        Verdicts that the draft was sent, and the verified tokens it knows.
     was_drafted : bool
         The last verified token stands because the draft had guessed it.
     """
@@ -67,11 +69,15 @@ class Request:
     finished: bool = False
     is_released: bool = False
     num_verdicts: int = 0
+    num_told: int = 0
     pending: deque[PendingChoice] = field(default_factory=deque)
     judged: list[JudgedGuess] = field(default_factory=list)
     was_drafted: bool = False
     scores: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.num_told = len(self.verified)
 
     @property
     def num_padding(self) -> int:

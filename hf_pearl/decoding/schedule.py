@@ -21,6 +21,10 @@ class DraftRunner(Protocol):
 
     concurrent: bool
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has started."""
+
     def tree(self, request_id: int) -> TokenTree | None:
         """What the draft has published last for a request."""
 
@@ -38,6 +42,9 @@ class DraftRunner(Protocol):
 
     def grant(self, num_steps: int) -> None:
         """Allow `num_steps` more draft steps (lockstep and sequential schedules)."""
+
+    def rest(self, is_resting: bool) -> None:
+        """Draft no more, or go on (free-running schedule)."""
 
     def wait(self, num_steps: int, timeout: float) -> bool:
         """True when `num_steps` steps of this call are done, False after `timeout` seconds or without a draft."""
@@ -74,7 +81,15 @@ def usable(tree: TokenTree | None, request: Request) -> Guesses:
 
 
 class NoDraft:
-    """Plain decoding."""
+    """Plain decoding.
+
+    Attributes
+    ----------
+    is_resting : bool
+        The draft neither drafts nor wants to hear of verdicts.
+    """
+
+    is_resting = False
 
     def before_forward(self, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
         """No draft tokens."""
@@ -83,7 +98,7 @@ class NoDraft:
     def after_forward(self) -> None:
         """Nothing to do."""
 
-    def learn(self, num_tokens: int, seconds: float, stood: Sequence[bool]) -> None:
+    def learn(self, num_tokens: int, seconds: float, num_verified: int, stood: Sequence[bool]) -> None:
         """Nothing to learn."""
 
 
@@ -174,8 +189,8 @@ class FreeRunning(NoDraft):
                 total += math.prod(guess.chances)
         return bool(requests) and total / len(requests) > rule.wait_above
 
-    def learn(self, num_tokens: int, seconds: float, stood: Sequence[bool]) -> None:
-        """Learn from a decode forward over `num_tokens` tokens, and from the draft tokens judged after it."""
+    def learn(self, num_tokens: int, seconds: float, num_verified: int, stood: Sequence[bool]) -> None:
+        """Learn from a decode forward over `num_tokens` tokens, and which guesses stood when it was judged."""
         self.forward_times.record(num_tokens, seconds)
         for each in stood:
             self.acceptance.record(each)

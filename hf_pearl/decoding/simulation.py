@@ -1,8 +1,4 @@
-"""The decoding under a virtual clock: the same loop, schedule, policy and draft tree, with recorded models.
-
-A trace says of every position whether the draft would have guessed the target's token there, and how sure it was. Token
-ids are 1 where a token is the target's own and 0 where it is not, so that a vocabulary of two is enough.
-"""
+"""The decoding under a virtual clock: the same loop, schedule, policy and draft tree, with recorded models."""
 
 from __future__ import annotations
 
@@ -14,46 +10,31 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
+from .benefit import Benefits
 from .calibration import Calibration
-from .drafting import MAX_LINE, MAX_WIDTH, Drafter
+from .drafting import MAX_WIDTH, Drafter
 from .loop import DecodingLoop
 from .messages import Admission, Grant, Removal, TokenTree, Verdict, Window
 from .policy import Acceptance, ForwardTimes
-from .proposal import Guess, Prefix, Proposer
+from .recorded import RecordedLane, RecordedProposer, TracedGuess
 from .request import Request
 from .rules import Rules
 from .schedule import FreeRunning, Lockstep, NoDraft
 from .stats import PearlStats
 from .verification import Verifier
-
-
-class TracedGuess(NamedTuple):
-    """The draft's guesses at one position.
-
-    Attributes
-    ----------
-    stands : bool
-        Whether the likeliest was the target's token.
-    probability : float
-        What the draft gave it.
-    rank : int or None
-        Which of its guesses was the target's token; None: none of them.
-    others : tuple of float
-        How near the second, third, ... came to the first (`Guess.confidence`).
-    """
-
-    stands: bool
-    probability: float
-    rank: int | None = None
-    others: tuple[float, ...] = ()
+from .while_pays import WhilePays
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a draft step by the number of guesses in it, and of a target forward by the number of its tokens."""
+    """Seconds of a draft step by the number of guesses in it, and of a target forward by the number of its tokens.
+
+    The latter takes `contention` times as long beside a draft that does not rest.
+    """
 
     draft_step: Callable[[int], float]
     target_forward: Callable[[int], float]
+    contention: float = 1.0
 
 
 class SimulatedRun(NamedTuple):
@@ -71,65 +52,6 @@ class VirtualClock:
 
     def __call__(self) -> float:
         return self.now
-
-
-class RecordedLane:
-    """A lane that computes nothing: it keeps the lengths of its sequences, and its logits always say 1."""
-
-    def __init__(self, advance: Callable[[Sequence[Window]], None]) -> None:
-        self._lengths: dict[int, int] = {}
-        self._advance = advance
-
-    def admit(self, request_id: int, token_ids: Sequence[int], max_length: int) -> int:
-        """Begin a sequence, with nothing cached."""
-        self._lengths[request_id] = 0
-        return 0
-
-    def fork(self, request_id: int, new_id: int, length: int) -> None:
-        """Begin a sequence with a part of another."""
-        self._lengths[new_id] = length
-
-    def length(self, request_id: int) -> int:
-        """Tokens of a sequence so far."""
-        return self._lengths[request_id]
-
-    def forward(self, windows: Sequence[Window]) -> torch.Tensor:
-        """Let the time of a forward pass; `(sum of num_logits, 2)`."""
-        for window in windows:
-            self._lengths[window.request_id] += len(window.token_ids)
-        self._advance(windows)
-        return torch.tensor([[0.0, 1.0]]).expand(sum(window.num_logits for window in windows), 2)
-
-    def rollback(self, request_id: int, length: int) -> None:
-        """Drop tokens."""
-        self._lengths[request_id] = length
-
-    def keep(self, request_id: int, num_first: int, places: Sequence[int]) -> None:
-        """Drop tokens between others."""
-        self._lengths[request_id] = num_first + len(places)
-
-    def release(self, request_id: int, verified: Sequence[int]) -> None:
-        """End a sequence."""
-        del self._lengths[request_id]
-
-
-class RecordedProposer(Proposer):
-    """Guesses from a trace; behind a guess that is wrong, every further one is wrong too."""
-
-    def __init__(self, traces: Sequence[Sequence[TracedGuess]]) -> None:
-        super().__init__(2, LogitsProcessorList())
-        self._traces = traces
-
-    def propose(self, logits: torch.Tensor, prefixes: Sequence[Prefix], num_guesses: int = 1) -> list[list[Guess]]:
-        """The traced guesses: token 1 is the target's, every other one is wrong."""
-        return [self._guesses(prefix)[:num_guesses] for prefix in prefixes]
-
-    def _guesses(self, prefix: Prefix) -> list[Guess]:
-        traced = self._traces[prefix.request_id][prefix.length - 1]
-        is_right = all(token == 1 for token in prefix.token_ids()[1:][-MAX_LINE:])
-        rank = (0 if traced.stands else traced.rank) if is_right else None
-        confidences = (traced.probability, *traced.others)
-        return [Guess(1 if place == rank else 2 + place, each) for place, each in enumerate(confidences)]
 
 
 class TimedDrafter(Drafter):
@@ -151,6 +73,7 @@ class VirtualDraft:
     """A draft lane in virtual time: a step that began before a message was sent ends without having heard it."""
 
     concurrent = True
+    is_ready = True
 
     def __init__(self, drafter: TimedDrafter, costs: Costs, clock: VirtualClock, free_running: bool) -> None:
         self._drafter = drafter
@@ -159,6 +82,7 @@ class VirtualDraft:
         self._free_running = free_running
         self._inbox: deque[Admission | Verdict | Removal | Grant] = deque()
         self._granted = 0
+        self.is_resting = False
         self._trees: dict[int, TokenTree] = {}
         self._step_ends: float | None = None
         self._made: list[TokenTree] = []
@@ -182,6 +106,11 @@ class VirtualDraft:
     def grant(self, num_steps: int) -> None:
         """Allow `num_steps` more draft steps."""
         self._inbox.append(Grant(num_steps))
+        self._begin()
+
+    def rest(self, is_resting: bool) -> None:
+        """Draft no more, or go on."""
+        self.is_resting = is_resting
         self._begin()
 
     def tree(self, request_id: int) -> TokenTree | None:
@@ -221,7 +150,7 @@ class VirtualDraft:
                 self._granted += message.num_steps
             else:
                 self._drafter.handle(message)
-        if self._granted or (self._free_running and self._drafter.has_work()):
+        if self._granted or (self._free_running and not self.is_resting and self._drafter.has_work()):
             self._granted = max(0, self._granted - 1)
             self._made = self._drafter.step()
             self._step_ends = self._clock.now + (self._costs.draft_step(self._drafter.width) if self._made else 0.0)
@@ -233,6 +162,7 @@ def simulate_run(
     draft_length: int | str | None = "auto",
     overlap: bool = True,
     max_width: int = MAX_WIDTH,
+    benefits: Benefits | None = None,
 ) -> SimulatedRun:
     """Decode traces, one per row, in virtual time.
 
@@ -244,15 +174,19 @@ def simulate_run(
         As in `PearlConfig`.
     max_width : int
         Guesses in a draft step at most; 1 is one line.
+    benefits : Benefits, optional
+        Let the draft rest where it does not pay, and keep here what is learnt of that.
     """
     clock = VirtualClock()
     draft: VirtualDraft | None = None
 
     def advance_target(windows: Sequence[Window]) -> None:
-        end = clock.now + costs.target_forward(sum(len(window.token_ids) for window in windows))
+        seconds = costs.target_forward(sum(len(window.token_ids) for window in windows))
         if draft is not None and overlap:
-            draft.run_until(end)
-        clock.now = end
+            seconds *= 1.0 if draft.is_resting else costs.contention
+            draft.run_until(clock.now + seconds)
+        else:
+            clock.now += seconds
 
     if draft_length is not None:
         lane = RecordedLane(lambda windows: None)
@@ -260,7 +194,24 @@ def simulate_run(
         proposer = RecordedProposer(traces)
         drafter = TimedDrafter(costs, lane, proposer, Calibration(), free_running=free_running, max_width=max_width)
         draft = VirtualDraft(drafter, costs, clock, free_running)
-    return _run(traces, RecordedLane(advance_target), draft, clock, draft_length, overlap)
+    return _run(
+        traces, RecordedLane(advance_target), draft, clock, _schedule(draft, draft_length, overlap, clock, benefits)
+    )
+
+
+def _schedule(
+    draft: VirtualDraft | None,
+    draft_length: int | str | None,
+    overlap: bool,
+    clock: VirtualClock,
+    benefits: Benefits | None,
+) -> NoDraft:
+    if draft is None:
+        return NoDraft()
+    if isinstance(draft_length, int):
+        return Lockstep(draft, draft_length, overlap)
+    drafting = FreeRunning(draft, ForwardTimes(), Acceptance(), overlap)
+    return drafting if benefits is None else WhilePays(drafting, draft, benefits, lambda is_leaving: None, clock)
 
 
 def _run(
@@ -268,8 +219,7 @@ def _run(
     target: RecordedLane,
     draft: VirtualDraft | None,
     clock: VirtualClock,
-    draft_length: int | str | None,
-    overlap: bool,
+    schedule: NoDraft,
 ) -> SimulatedRun:
     longest = max(len(trace) for trace in traces)
     criteria = StoppingCriteriaList([MaxLengthCriteria(longest + 1)])
@@ -278,13 +228,6 @@ def _run(
     for request in requests:
         if draft is not None:
             draft.send(Admission(request.request_id, tuple(request.verified), longest + 1, 0, None))
-    schedule = NoDraft()
-    if draft is not None:
-        schedule = (
-            FreeRunning(draft, ForwardTimes(), Acceptance(), overlap)
-            if isinstance(draft_length, str)
-            else Lockstep(draft, draft_length or 1, overlap)
-        )
     stats = PearlStats()
     verifier = Verifier(requests, rules, torch.device("cpu"))
     DecodingLoop(target, requests, verifier, schedule, draft, stats, clock).run()

@@ -16,6 +16,8 @@ class PearlStats:
     ----------
     target_forwards : int
         Forwards of the target, prefill included.
+    undrafted_forwards : int
+        Of these, the ones for which the draft rested: to see how fast decoding is without it, or because it is faster.
     draft_steps : int
         Forwards of the draft.
     drafted_tokens : int
@@ -51,6 +53,7 @@ class PearlStats:
     """
 
     target_forwards: int = 0
+    undrafted_forwards: int = 0
     draft_steps: int = 0
     drafted_tokens: int = 0
     verified_draft_tokens: int = 0

@@ -22,16 +22,27 @@ def cores_for_worker(num_threads: int) -> list[int]:
     return cores[-num_threads:] if len(cores) > num_threads else []
 
 
+class SharedCores:
+    """The cores that torch's arithmetic in this process takes, of which it may leave some to others."""
+
+    def __init__(self) -> None:
+        self._num_threads = torch.get_num_threads()
+        self.num_left = 0
+
+    def leave(self, num_left: int) -> None:
+        """Leave `num_left` cores to others; 0 takes them back."""
+        self.num_left = num_left
+        most = max(1, len(available_cores()) - num_left) if num_left else self._num_threads
+        num_threads = min(self._num_threads, most)
+        if num_threads != torch.get_num_threads():
+            torch.set_num_threads(num_threads)
+
+
 @contextmanager
-def leaving_cores(num_cores: int) -> Iterator[None]:
-    """Let torch's arithmetic in this process leave `num_cores` cores to others; undone at the end."""
-    before = torch.get_num_threads()
-    now = max(1, len(available_cores()) - num_cores)
-    if num_cores == 0 or now >= before:
-        yield
-        return
-    torch.set_num_threads(now)
+def leaving_cores() -> Iterator[SharedCores]:
+    """A scope in which cores may be left to others; they are taken back at its end."""
+    cores = SharedCores()
     try:
-        yield
+        yield cores
     finally:
-        torch.set_num_threads(before)
+        cores.leave(0)

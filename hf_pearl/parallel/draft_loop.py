@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ..decoding.drafting import Drafter
-from ..decoding.messages import Admission, Grant, Removal, TokenTree, Verdict
+from ..decoding.messages import Admission, Grant, Removal, Rest, TokenTree, Verdict
 
 
 class EndOfCall(Exception):
@@ -16,7 +16,7 @@ class EndOfCall(Exception):
 class Inbox(Protocol):
     """Where messages of the engine arrive."""
 
-    def get(self, block: bool) -> Admission | Verdict | Removal | Grant | None:
+    def get(self, block: bool) -> Admission | Verdict | Removal | Grant | Rest | None:
         """The next message; None where none is there and `block` is False.
 
         Raises
@@ -31,13 +31,14 @@ def run_draft_loop(
 ) -> None:
     """Draft until the call ends.
 
-    Free-running: hear everything, make a step if any guess may grow, wait for a message otherwise. In lockstep and
-    sequential schedules a grant is used up before the next message is heard, so that nothing depends on timing.
+    Free-running: hear everything, make a step if any guess may grow and nobody wants rest, else wait for a message. In
+    lockstep and sequential schedules a grant is used up before the next message is heard, so that nothing depends on
+    timing.
     """
-    granted = 0
+    granted, is_resting = 0, False
     while True:
         while not granted:
-            idle = not free_running or not drafter.has_work()
+            idle = is_resting or not free_running or not drafter.has_work()
             try:
                 message = inbox.get(block=idle)
             except EndOfCall:
@@ -46,6 +47,8 @@ def run_draft_loop(
                 break
             if isinstance(message, Grant):
                 granted += message.num_steps
+            elif isinstance(message, Rest):
+                is_resting = message.is_resting
             else:
                 drafter.handle(message)
         publish(drafter.step())

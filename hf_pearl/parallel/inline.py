@@ -13,6 +13,7 @@ class InlineDraft:
     """Runs draft steps when somebody waits for them."""
 
     concurrent = False
+    is_ready = True
     error: BaseException | None = None  # An error of the draft reaches the caller at once.
 
     def __init__(self, drafter: Drafter, lane: ModelLane) -> None:
@@ -44,6 +45,9 @@ class InlineDraft:
         return self._drafter.token_tree(request_id)
 
     def grant(self, num_steps: int) -> None:
+        """Nothing to do: steps are made in `wait`."""
+
+    def rest(self, is_resting: bool) -> None:
         """Nothing to do: steps are made in `wait`."""
 
     def wait(self, num_steps: int, timeout: float) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import time
 
-from ..decoding.messages import Admission, DraftReport, Grant, Removal, TokenTree, Verdict
+from ..decoding.messages import Admission, DraftReport, Grant, Removal, Rest, TokenTree, Verdict
 from ..errors import PearlWorkerError
 from .records import BeginCall, EndCall, MalformedRecordError, Message, Status, decode_tree
 from .shared_memory import NUM_SLOTS, TIMELINE_LENGTH
@@ -46,6 +46,11 @@ class ProcessDraft:
         self._first_message = process.put(begin)
 
     @property
+    def is_ready(self) -> bool:
+        """Whether the worker has started."""
+        return self._process.is_ready
+
+    @property
     def num_steps(self) -> int:
         """Draft steps of this call so far."""
         return self._status.num_steps
@@ -82,6 +87,10 @@ class ProcessDraft:
     def grant(self, num_steps: int) -> None:
         """Allow `num_steps` more draft steps."""
         self._put(Grant(num_steps))
+
+    def rest(self, is_resting: bool) -> None:
+        """Draft no more, or go on."""
+        self._put(Rest(is_resting))
 
     def _put(self, message: Message) -> None:
         if self._error is None and not self._is_over:

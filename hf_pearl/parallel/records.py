@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..decoding.messages import MAX_TREE_TOKENS, Admission, Grant, Removal, TokenTree, Verdict
+from ..decoding.messages import MAX_TREE_TOKENS, Admission, Grant, Removal, Rest, TokenTree, Verdict
 from ..errors import PearlWorkerError
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -22,7 +22,7 @@ MAX_PROMPT_TOKENS = 2**22
 MAX_VERDICT_TOKENS = 2**16
 MAX_OPTIONS_BYTES = 2**20
 
-_ADMISSION, _VERDICT, _REMOVAL, _GRANT, _BEGIN_CALL, _END_CALL, _CLEAR, _QUIT = range(1, 9)
+_ADMISSION, _VERDICT, _REMOVAL, _GRANT, _BEGIN_CALL, _END_CALL, _CLEAR, _QUIT, _REST = range(1, 10)
 _WORD_MASK = 2**32 - 1
 _TREE_HEAD = struct.Struct("<6q")
 _STATUS = struct.Struct("<qqqqqqd")
@@ -82,7 +82,7 @@ class Status(NamedTuple):
     step_seconds: float
 
 
-Message = Admission | Verdict | Removal | Grant | BeginCall | EndCall | Clear | Quit
+Message = Admission | Verdict | Removal | Grant | Rest | BeginCall | EndCall | Clear | Quit
 
 
 def encode_message(message: Message) -> array[int]:
@@ -104,6 +104,8 @@ def encode_message(message: Message) -> array[int]:
             head = [_REMOVAL, number]
         case Grant(number):
             head = [_GRANT, number]
+        case Rest(is_resting):
+            head = [_REST, is_resting]
         case BeginCall(number, options):
             content = json.dumps(options._asdict()).encode()
             token_ids = array("q", content.ljust(-(-len(content) // 8) * 8))
@@ -143,6 +145,9 @@ def decode_message(words: Sequence[int]) -> Message:
             _QUIT: Quit(),
         }
         return simple[kind]
+    if kind == _REST:
+        _check("words of a record", len(words), 2, 2)
+        return Rest(bool(_check("flag", words[1], 0, 1)))
     if kind == _ADMISSION:
         return _decode_admission(words)
     if kind == _VERDICT:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 
 from ..decoding.drafting import Drafter
-from ..decoding.messages import Admission, DraftReport, Grant, Removal, TokenTree, Verdict
+from ..decoding.messages import Admission, DraftReport, Grant, Removal, Rest, TokenTree, Verdict
 from ..errors import PearlWorkerError
 from .draft_loop import EndOfCall, run_draft_loop
 from .lane import ModelLane
@@ -22,9 +22,9 @@ class _QueueInbox:
     """Messages through a queue; `None` ends the call."""
 
     def __init__(self) -> None:
-        self.queue: queue.SimpleQueue[Admission | Verdict | Removal | Grant | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[Admission | Verdict | Removal | Grant | Rest | None] = queue.SimpleQueue()
 
-    def get(self, block: bool) -> Admission | Verdict | Removal | Grant | None:
+    def get(self, block: bool) -> Admission | Verdict | Removal | Grant | Rest | None:
         try:
             message = self.queue.get(block=block)
         except queue.Empty:
@@ -38,6 +38,7 @@ class ThreadDraft:
     """One thread per call, which ends with it."""
 
     concurrent = True
+    is_ready = True
 
     def __init__(self, drafter: Drafter, lane: ModelLane, free_running: bool) -> None:
         self._drafter = drafter
@@ -97,6 +98,10 @@ class ThreadDraft:
     def grant(self, num_steps: int) -> None:
         """Allow `num_steps` more draft steps."""
         self._inbox.queue.put(Grant(num_steps))
+
+    def rest(self, is_resting: bool) -> None:
+        """Draft no more, or go on."""
+        self._inbox.queue.put(Rest(is_resting))
 
     def tree(self, request_id: int) -> TokenTree | None:
         """What was published last for a request."""

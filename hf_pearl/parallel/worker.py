@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..cache import PagedPrefixCache
 from ..decoding.calibration import Calibration
 from ..decoding.drafting import Drafter
-from ..decoding.messages import Admission, Grant, Removal, TokenTree, Verdict
+from ..decoding.messages import Admission, Grant, Removal, Rest, TokenTree, Verdict
 from ..decoding.proposal import Proposer
 from . import records
 from .draft_loop import EndOfCall, run_draft_loop
@@ -83,7 +83,7 @@ class Inbox:
             with suppress(BlockingIOError):
                 os.eventfd_read(self._to_worker)
 
-    def get(self, block: bool) -> Admission | Verdict | Removal | Grant | None:
+    def get(self, block: bool) -> Admission | Verdict | Removal | Grant | Rest | None:
         """The next message of the call; None where none is there and `block` is False.
 
         Raises

@@ -1,0 +1,99 @@
+"""Does the draft pay? Found out while decoding: cycles with a draft beside cycles without one.
+
+A cycle is what passes from the wish for a forward to its verdict. A draft costs more than its own time: a core that the
+target then lacks, memory bandwidth, wider windows. So what is compared is what users see, tokens per second and row.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from typing import Literal
+
+NUM_PLAIN = 6  # cycles without a draft that are measured before it may begin, and when that was long ago
+NUM_TRIAL = 24  # cycles with it after which it must have paid, and between two looks at that
+MIN_GAIN = 1.01  # times as fast, or it rests: telling it of verdicts takes time outside the cycles
+RECENT = 128  # cycles for which a measurement without a draft is taken for what it would be now
+EXPIRY = 2048  # cycles after which it is made again, whatever it was: contexts grow
+MIN_PATIENCE, MAX_PATIENCE = 256, 16384  # cycles until a draft that did not pay is tried again
+
+
+class Benefit:
+    """Whether the draft should take part, for calls of one kind.
+
+    Attributes
+    ----------
+    phase : {"measure", "draft", "rest"}
+        Decode a few tokens without a draft to see how fast that is; with it; without it, because that is faster.
+    """
+
+    def __init__(self) -> None:
+        self.phase: Literal["measure", "draft", "rest"] = "measure"
+        self._plain: deque[float] = deque(maxlen=32)  # seconds per token of a row
+        self._drafted: deque[tuple[float, float]] = deque(maxlen=2 * NUM_TRIAL)  # tokens per row, seconds
+        self._left = NUM_PLAIN
+        self._age = 0
+        self._patience = MIN_PATIENCE
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the draft should take part in the next cycle."""
+        return self.phase == "draft"
+
+    @property
+    def plain_rate(self) -> float:
+        """Tokens per second and row without a draft; 0.0 while unknown. The median: a stray cycle decides nothing."""
+        return 1.0 / statistics.median(self._plain) if self._plain else 0.0
+
+    @property
+    def drafted_rate(self) -> float:
+        """Tokens per second and row with it; 0.0 while unknown."""
+        seconds = sum(seconds for _, seconds in self._drafted)
+        return sum(tokens for tokens, _ in self._drafted) / seconds if seconds > 0 else 0.0
+
+    def record(self, num_tokens: float, seconds: float) -> None:
+        """Learn from a cycle of `num_tokens` tokens per row, in the phase as it is."""
+        if self.drafts:
+            self._drafted.append((num_tokens, seconds))
+            self._age += 1
+        else:
+            self._plain.append(seconds / num_tokens)
+            self._age = 0
+        self._left -= 1
+        if self._left <= 0:
+            self._decide()
+
+    def _decide(self) -> None:
+        is_slower = len(self._drafted) >= NUM_TRIAL and self.drafted_rate < MIN_GAIN * self.plain_rate
+        if self.phase == "rest":
+            self._drafted.clear()
+            self._enter("draft", NUM_TRIAL)
+        elif is_slower and self._age <= RECENT:
+            self._enter("rest", self._patience)
+            self._patience = min(2 * self._patience, MAX_PATIENCE)
+        elif is_slower or self._age > EXPIRY:
+            self._plain.clear()
+            self._enter("measure", NUM_PLAIN)
+        else:
+            if len(self._drafted) == self._drafted.maxlen:
+                self._patience = MIN_PATIENCE
+            self._enter("draft", NUM_TRIAL)
+
+    def _enter(self, phase: Literal["measure", "draft", "rest"], num_cycles: int) -> None:
+        self.phase, self._left = phase, num_cycles
+
+
+class Benefits:
+    """One `Benefit` per number of rows, in powers of two: more rows leave less to gain."""
+
+    def __init__(self) -> None:
+        self._by_rows: dict[int, Benefit] = {}
+
+    def of(self, num_rows: int) -> Benefit:
+        """The one for `num_rows` rows."""
+        return self._by_rows.setdefault(num_rows.bit_length(), Benefit())
+
+    @property
+    def all(self) -> list[Benefit]:
+        """All there are."""
+        return list(self._by_rows.values())

@@ -1,0 +1,80 @@
+"""The default schedule: the free-running one, as long as it is faster than decoding without a draft."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from .benefit import Benefit, Benefits
+from .request import Request
+from .schedule import DraftRunner, FreeRunning, NoDraft
+
+
+class WhilePays(NoDraft):
+    """Lets the draft rest until it is ready, while decoding without it is measured, and where that is faster.
+
+    Parameters
+    ----------
+    drafting : FreeRunning
+        The schedule where it is not.
+    draft : DraftRunner
+        The draft of both.
+    benefits : Benefits
+        What is known of the pair.
+    leave_cores : callable
+        Called with whether the target should leave cores to the draft.
+    clock : callable
+        Seconds.
+    """
+
+    def __init__(
+        self,
+        drafting: FreeRunning,
+        draft: DraftRunner,
+        benefits: Benefits,
+        leave_cores: Callable[[bool], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._drafting = drafting
+        self._draft = draft
+        self._benefits = benefits
+        self._leave_cores = leave_cores
+        self._clock = clock
+        self._benefit = Benefit()
+        self._num_rows = 0
+        self._has_caught_up = False
+        self._waits_for: dict[int, int] = {}  # request -> tokens that the draft must know before it counts
+        self._began = 0.0
+        self._is_first = True
+
+    def before_forward(self, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
+        """The draft tokens of every request that the coming forward verifies; none while the draft rests."""
+        self._began = self._clock()
+        self._num_rows = max(1, len(requests))
+        self._benefit = self._benefits.of(self._num_rows)
+        self._rest(requests, not (self._benefit.drafts and self._draft.is_ready))
+        if self.is_resting:
+            return {}
+        self._has_caught_up = self._has_caught_up or all(self._knows(request) for request in requests)
+        return self._drafting.before_forward(requests)
+
+    def _rest(self, requests: Sequence[Request], is_resting: bool) -> None:
+        if is_resting == self.is_resting and not self._is_first:
+            return
+        self.is_resting, self._has_caught_up, self._is_first = is_resting, False, False
+        self._waits_for = {request.request_id: len(request.verified) for request in requests}
+        self._draft.rest(is_resting)
+        self._leave_cores(not is_resting)
+
+    def _knows(self, request: Request) -> bool:
+        """Whether the draft has guessed behind what was verified when it began: it may have had much to read."""
+        tree = self._draft.tree(request.request_id)
+        return tree is not None and tree.root >= self._waits_for.get(request.request_id, 0)
+
+    def learn(self, num_tokens: int, seconds: float, num_verified: int, stood: Sequence[bool]) -> None:
+        """Learn from a decode forward, and from how long its cycle took."""
+        if not self.is_resting:
+            self._drafting.learn(num_tokens, seconds, num_verified, stood)
+        is_of_phase = self._benefit.drafts != self.is_resting
+        if is_of_phase and (self.is_resting or self._has_caught_up):
+            self._benefit.record(num_verified / self._num_rows, self._clock() - self._began)

@@ -1,0 +1,139 @@
+"""The draft takes part as long as that is faster: under a virtual clock, where "faster" is exact."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from models import enabled_for_tiny_models, make_draft, random_prompts, tiny_model
+from transformers.utils import logging
+
+import hf_pearl
+from hf_pearl import PearlConfig
+from hf_pearl.decoding.benefit import EXPIRY, MIN_PATIENCE, NUM_PLAIN, NUM_TRIAL, RECENT, Benefit, Benefits
+from hf_pearl.decoding.recorded import TracedGuess
+from hf_pearl.decoding.simulation import Costs, simulate_run
+from hf_pearl.registry import engine_for
+
+STEP, FORWARD = 1.0, 8.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def enabled() -> Iterator[None]:
+    with enabled_for_tiny_models():
+        yield
+
+
+def costs(contention: float) -> Costs:
+    return Costs(lambda num_guesses: STEP, lambda num_tokens: FORWARD, contention)
+
+
+def trace(length: int, chance: float, seed: int = 0) -> list[TracedGuess]:
+    dice = random.Random(seed)
+    return [TracedGuess(dice.random() < chance, chance) for _ in range(length)]
+
+
+def record(benefit: Benefit, num_cycles: int, plain: float, drafted: float) -> list[str]:
+    """Phases of `num_cycles` cycles of one token that take so many seconds without and with a draft."""
+    phases = []
+    for _ in range(num_cycles):
+        phases.append(benefit.phase)
+        benefit.record(1.0, drafted if benefit.drafts else plain)
+    return phases
+
+
+def test_a_draft_that_pays_is_measured_against_its_absence_only_now_and_then() -> None:
+    phases = record(Benefit(), 10 * EXPIRY, plain=2.0, drafted=1.0)
+    assert phases[: NUM_PLAIN + 1] == ["measure"] * NUM_PLAIN + ["draft"]
+    assert "rest" not in phases
+    assert phases.count("measure") <= 11 * NUM_PLAIN
+
+
+def test_a_draft_that_does_not_pay_rests_ever_longer() -> None:
+    phases = record(Benefit(), 100_000, plain=1.0, drafted=1.2)
+    assert phases[NUM_PLAIN : NUM_PLAIN + NUM_TRIAL] == ["draft"] * NUM_TRIAL
+    assert set(phases[NUM_PLAIN + NUM_TRIAL :][:MIN_PATIENCE]) == {"rest"}
+    # Steady state: what its trials lose stays far under 3% of the time.
+    later = phases[10_000:]
+    assert later.count("draft") * 0.2 < 0.003 * len(later)
+    assert later.count("draft") > 0, "it is never tried again"
+
+
+def test_a_change_of_the_draft_is_noticed_both_ways() -> None:
+    benefit = Benefit()
+    assert record(benefit, 2000, plain=1.0, drafted=0.5)[-1] == "draft"
+    assert record(benefit, RECENT + 3 * NUM_TRIAL, plain=1.0, drafted=1.5)[-1] == "rest"
+    assert record(benefit, 20 * MIN_PATIENCE, plain=1.0, drafted=0.5)[-1] == "draft"
+
+
+def test_longer_contexts_do_not_count_against_the_draft() -> None:
+    """Everything becomes four times slower while the draft is at work: a new look at plain decoding says so."""
+    benefit = Benefit()
+    record(benefit, 1000, plain=1.0, drafted=0.5)
+    phases = record(benefit, 1000, plain=4.0, drafted=2.0)
+    assert "rest" not in phases
+    assert "measure" in phases
+
+
+def test_one_slow_cycle_without_a_draft_decides_nothing() -> None:
+    benefit = Benefit()
+    benefit.record(1.0, 100.0)
+    assert "rest" in record(benefit, NUM_PLAIN + 2 * NUM_TRIAL, plain=1.0, drafted=1.2)
+
+
+@pytest.mark.parametrize(("chance", "contention"), [(0.0, 1.3), (0.05, 1.5), (0.3, 1.8)])
+def test_the_whole_is_not_slower_than_plain_decoding(chance: float, contention: float) -> None:
+    length = 6000
+    benefits = Benefits()
+    run = simulate_run([trace(length, chance)], costs(contention), benefits=benefits)
+    assert run.seconds < 1.03 * simulate_run([trace(length, chance)], costs(contention), None).seconds
+    assert run.stats.undrafted_forwards > 0.9 * run.stats.target_forwards
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize(("chance", "contention"), [(0.8, 1.0), (0.8, 1.3), (0.5, 1.1)])
+def test_a_draft_that_pays_is_at_work(chance: float, contention: float, num_rows: int) -> None:
+    traces = [trace(2000, chance, seed) for seed in range(num_rows)]
+    free = simulate_run(traces, costs(contention))
+    run = simulate_run(traces, costs(contention), benefits=Benefits())
+    assert run.seconds < 1.03 * free.seconds
+    assert run.stats.undrafted_forwards < 0.05 * run.stats.target_forwards
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    seen: list[str] = []
+    logger = logging.get_logger("hf_pearl.engine")
+    logger.addFilter(keep := lambda entry: seen.append(entry.getMessage()) is not None)
+    yield seen
+    logger.removeFilter(keep)
+
+
+def test_generate_says_once_that_it_goes_on_without_the_draft(warnings: list[str]) -> None:
+    """Whatever the clock says of tiny models: the engine's own measurement is replaced by one that is lost."""
+    target = tiny_model("llama", seed=0)
+    draft = make_draft(target, "unrelated", seed=1)
+    prompt = random_prompts(random.Random(0), 1, [8])
+    expected = target.generate(**prompt, max_new_tokens=40)
+    engine = engine_for(target, draft)
+    record(engine.benefits[False].of(1), 200, plain=1.0, drafted=2.0)
+    for _ in range(2):
+        output = target.generate(
+            **prompt, max_new_tokens=40, assistant_model=draft, pearl=True, return_dict_in_generate=True
+        )
+        assert torch.equal(output.sequences, expected)
+        assert output.pearl.undrafted_forwards == output.pearl.target_forwards
+        assert output.pearl.draft_steps == 0
+    assert len([text for text in warnings if "`assistant_model` does not make this model faster" in text]) == 1
+    forced = PearlConfig(execution="inline", seed=0)
+    output = target.generate(
+        **prompt, max_new_tokens=40, assistant_model=draft, pearl=forced, return_dict_in_generate=True
+    )
+    assert output.pearl.draft_steps > 0
+    with torch.no_grad():
+        next(draft.parameters()).mul_(1.01)  # Another draft: what was known of the old one does not count.
+    target.generate(**prompt, max_new_tokens=2, assistant_model=draft, pearl=True)
+    assert engine.benefits[False].of(1).phase != "rest"
+    hf_pearl.release(target)
