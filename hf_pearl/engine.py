@@ -19,6 +19,7 @@ from .config import PearlConfig
 from .decoding.benefit import Benefits
 from .decoding.calibration import Calibration
 from .decoding.drafting import MAX_WIDTH, Drafter
+from .decoding.lookup import LookupChances
 from .decoding.loop import DecodingLoop
 from .decoding.messages import Admission
 from .decoding.noise import NoiseSource, request_seed
@@ -67,6 +68,7 @@ class PearlEngine:
         self.calibration = Calibration()
         self.forward_times = ForwardTimes()
         self.acceptance = Acceptance()
+        self.lookup_chances = LookupChances()
         self.benefits = {is_sampled: Benefits() for is_sampled in (False, True)}
         self._has_warned = False
         self._fingerprints: dict[str, object] = {}
@@ -230,7 +232,8 @@ class PearlEngine:
             return NoDraft()
         if config.draft_length != "auto":
             return Lockstep(runner, config.draft_length, config.overlap)
-        drafting = FreeRunning(runner, self.forward_times, self.acceptance, config.overlap)
+        lookup_chances = self.lookup_chances if config.overlap else None  # Without it is the ordinary kind.
+        drafting = FreeRunning(runner, self.forward_times, self.acceptance, config.overlap, lookup_chances)
         if config.execution != "auto":  # Whoever says how the draft runs wants it to run.
             return drafting
         num_left = cores.num_left
@@ -253,7 +256,7 @@ class PearlEngine:
         report = runner.finish()
         stats.draft_steps = report.num_steps
         stats.drafted_tokens = report.num_drafted
-        stats.wasted_draft_tokens = report.num_drafted - stats.accepted_tokens
+        stats.wasted_draft_tokens = report.num_drafted - (stats.accepted_tokens - stats.accepted_looked_up_tokens)
         stats.draft_prefilled_tokens = report.num_prefilled
         stats.draft_seconds = sum(end - start for start, end in report.intervals)
         stats.overlap_seconds = overlap(loop.intervals, report.intervals)

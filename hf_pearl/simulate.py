@@ -121,7 +121,7 @@ def _trace(
         ranks = [rank for rank, guess in enumerate(guesses) if guess.token_id == token_ids[length]]
         confidence, *others = (guess.confidence for guess in guesses)
         rank = ranks[0] if ranks else None
-        trace.append(TracedGuess(rank == 0, confidence, rank, tuple(others)))
+        trace.append(TracedGuess(rank == 0, confidence, rank, tuple(others), token_ids[length]))
     return trace
 
 

@@ -22,11 +22,11 @@ from hf_pearl.cache import PagedSequence, sdpa
 from hf_pearl.cache.paged_layer import as_numbers
 from hf_pearl.cache.prefix_index import PrefixIndex
 from hf_pearl.cache.step import PagedStep
-from hf_pearl.decoding import schedule
+from hf_pearl.decoding import lines, schedule
+from hf_pearl.decoding.lines import NO_GUESSES, Guesses
 from hf_pearl.decoding.messages import TokenTree, Window
 from hf_pearl.decoding.noise import NoiseSource, gumbel_noise, request_seed
 from hf_pearl.decoding.request import Request
-from hf_pearl.decoding.schedule import NO_GUESSES, Guesses
 from hf_pearl.decoding.verification import Slab, Verifier
 from hf_pearl.parallel.lane import ModelLane
 from hf_pearl.registry import engine_for
@@ -308,9 +308,11 @@ def use_lines_from_before_a_rollback(patch: pytest.MonkeyPatch) -> None:
             return NO_GUESSES
         first = max(0, len(request.verified) - tree.root)
         last = first + request.room
-        return Guesses(tree.token_ids[first:last], tree.chances[first:last])
+        token_ids = tree.token_ids[first:last]
+        return Guesses(token_ids, tree.chances[first:last], len(token_ids))
 
-    patch.setattr(schedule, "usable", buggy_usable)
+    for module in (lines, schedule):
+        patch.setattr(module, "usable", buggy_usable)
 
 
 def no_pending_line_is_used() -> None:

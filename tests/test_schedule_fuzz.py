@@ -40,6 +40,8 @@ from hf_pearl.decoding.benefit import Benefit, Benefits
 from hf_pearl.decoding.calibration import Calibration
 from hf_pearl.decoding.draft_tree import Candidate, DraftTree
 from hf_pearl.decoding.drafting import Drafter
+from hf_pearl.decoding.lines import NO_GUESSES, usable
+from hf_pearl.decoding.lookup import LookupChances
 from hf_pearl.decoding.loop import DecodingLoop
 from hf_pearl.decoding.messages import Admission, Removal, TokenTree, Verdict, Window
 from hf_pearl.decoding.noise import NoiseSource, request_seed
@@ -48,7 +50,7 @@ from hf_pearl.decoding.processors import draft_processors
 from hf_pearl.decoding.proposal import Proposer
 from hf_pearl.decoding.request import Request
 from hf_pearl.decoding.rules import Rules
-from hf_pearl.decoding.schedule import NO_GUESSES, FreeRunning, Lockstep, NoDraft, usable
+from hf_pearl.decoding.schedule import FreeRunning, Lockstep, NoDraft
 from hf_pearl.decoding.stats import PearlStats
 from hf_pearl.decoding.verification import Verifier
 from hf_pearl.decoding.while_pays import WhilePays
@@ -308,7 +310,7 @@ def draw_schedule(draft: ArbitraryDraft, chance: random.Random) -> NoDraft:
     forward_times, acceptance = ForwardTimes(), Acceptance(prior=chance.random())
     for _ in range(chance.choice((0, 3))):
         forward_times.record(chance.randint(1, 9), chance.random())
-    free_running = FreeRunning(draft, forward_times, acceptance, overlap)
+    free_running = FreeRunning(draft, forward_times, acceptance, overlap, chance.choice((None, LookupChances())))
     if chance.random() < 0.5:
         return free_running
     return WhilePays(free_running, draft, RestlessBenefits(chance), lambda is_leaving: None, draw_clock(chance))

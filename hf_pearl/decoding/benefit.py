@@ -10,6 +10,8 @@ import statistics
 from collections import deque
 from typing import Literal
 
+from .policy import ForwardTimes
+
 NUM_PLAIN = 6  # cycles without a draft that are measured before it may begin, and when that was long ago
 NUM_TRIAL = 24  # cycles with it after which it must have paid, and between two looks at that
 MIN_GAIN = 1.01  # times as fast, or it rests: telling it of verdicts takes time outside the cycles
@@ -29,8 +31,8 @@ class Benefit:
 
     def __init__(self) -> None:
         self.phase: Literal["measure", "draft", "rest"] = "measure"
-        self._plain: deque[float] = deque(maxlen=32)  # seconds per token of a row
-        self._drafted: deque[tuple[float, float]] = deque(maxlen=2 * NUM_TRIAL)  # tokens per row, seconds
+        self._plain: deque[tuple[float, float]] = deque(maxlen=32)  # tokens per row, seconds
+        self._drafted: deque[tuple[float, float]] = deque(maxlen=2 * NUM_TRIAL)
         self._left = NUM_PLAIN
         self._age = 0
         self._patience = MIN_PATIENCE
@@ -42,8 +44,14 @@ class Benefit:
 
     @property
     def plain_rate(self) -> float:
-        """Tokens per second and row without a draft; 0.0 while unknown. The median: a stray cycle decides nothing."""
-        return 1.0 / statistics.median(self._plain) if self._plain else 0.0
+        """Tokens per second and row without a draft; 0.0 while unknown.
+
+        By the median of the seconds, of which there are few: a stray cycle decides nothing.
+        """
+        if not self._plain:
+            return 0.0
+        num_tokens = statistics.mean(tokens for tokens, _ in self._plain)
+        return num_tokens / statistics.median(seconds for _, seconds in self._plain)
 
     @property
     def drafted_rate(self) -> float:
@@ -57,7 +65,7 @@ class Benefit:
             self._drafted.append((num_tokens, seconds))
             self._age += 1
         else:
-            self._plain.append(seconds / num_tokens)
+            self._plain.append((num_tokens, seconds))
             self._age = 0
         self._left -= 1
         if self._left <= 0:
@@ -84,9 +92,16 @@ class Benefit:
 
 
 class Benefits:
-    """One `Benefit` per number of rows, in powers of two: more rows leave less to gain."""
+    """One `Benefit` per number of rows, in powers of two: more rows leave less to gain.
+
+    Attributes
+    ----------
+    plain_times : ForwardTimes
+        Of target forwards while the draft rests.
+    """
 
     def __init__(self) -> None:
+        self.plain_times = ForwardTimes()
         self._by_rows: dict[int, Benefit] = {}
 
     def of(self, num_rows: int) -> Benefit:

@@ -140,7 +140,7 @@ class DecodingLoop:
             num_verified = sum(len(tokens) for tokens in verdicts.values())
             self.stats.decode_tokens += num_verified
             num_tokens = sum(len(window.token_ids) for window in launch.windows)
-            self.schedule.learn(num_tokens, seconds, num_verified, [guess.stood for guess in judged])
+            self.schedule.learn(num_tokens, seconds, num_verified)
 
     def _commit(self, verdicts: dict[int, tuple[int, ...]]) -> None:
         """Tell the draft, and drop from the target's cache what did not stand."""

@@ -86,7 +86,7 @@ def launch_rule(
 ) -> LaunchRule:
     """The best policy under the current measurements (see the module's docstring)."""
     if draft_seconds <= 0.0 or forward.seconds(1) <= 0.0:
-        return LaunchRule(wait_above=0.5, verify_above=0.02)
+        return LaunchRule(wait_above=0.5, verify_above=worth_verifying_above(forward, num_rows))
     best_rate, best_wait = 0.0, 0
     for wait in range(MAX_WAIT + 1):
         rate = cycle_rate(wait, chance, draft_seconds, forward, num_rows, concurrent)
@@ -94,6 +94,12 @@ def launch_rule(
             best_rate, best_wait = rate, wait
     wait_above = 1.0 if best_wait == 0 else chance ** (best_wait - 0.5)
     return LaunchRule(wait_above=wait_above, verify_above=min(0.5, best_rate * forward.per_token))
+
+
+def worth_verifying_above(forward: ForwardTimes, num_rows: int) -> float:
+    """The chance from which verifying a guess takes no more time than a forward without guesses takes for a token."""
+    seconds = forward.seconds(num_rows)
+    return min(0.5, forward.per_token / seconds * num_rows) if seconds > 0.0 else 0.1
 
 
 def cycle_rate(

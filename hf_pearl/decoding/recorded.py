@@ -1,7 +1,7 @@
 """Models that compute nothing: a recorded trace says what they would say.
 
-A trace says of every position whether the draft would have guessed the target's token there, and how sure it was. Token
-ids are 1 where a token is the target's own and something else where it is not.
+A trace says of every position whether the draft would have guessed the target's token there, and how sure it was, and
+perhaps which token it was. Where it does not, all of the target's tokens are 1.
 """
 
 from __future__ import annotations
@@ -30,18 +30,39 @@ class TracedGuess(NamedTuple):
         Which of its guesses was the target's token; None: none of them.
     others : tuple of float
         How near the second, third, ... came to the first (`Guess.confidence`).
+    token_id : int or None
+        The target's token, if that is recorded: nothing can be looked up in a text whose tokens are not known.
     """
 
     stands: bool
     probability: float
     rank: int | None = None
     others: tuple[float, ...] = ()
+    token_id: int | None = None
+
+
+def has_tokens(traces: Sequence[Sequence[TracedGuess]]) -> bool:
+    """Whether the tokens of all traces are recorded."""
+    return all(traced.token_id is not None for trace in traces for traced in trace)
+
+
+def _token_ids(trace: Sequence[TracedGuess]) -> list[int]:
+    return [1 if traced.token_id is None else traced.token_id for traced in trace]
 
 
 class RecordedLane:
-    """A lane that computes nothing: it keeps the lengths of its sequences, and its logits always say 1."""
+    """A lane that computes nothing: it keeps the lengths of its sequences, and its logits say what traces say.
 
-    def __init__(self, advance: Callable[[Sequence[Window]], None]) -> None:
+    A prompt has one token, so that the `i`-th token of a trace follows a sequence of `i + 1` tokens.
+    """
+
+    def __init__(
+        self,
+        traces: Sequence[Sequence[TracedGuess]],
+        advance: Callable[[Sequence[Window]], None] = lambda windows: None,
+    ) -> None:
+        self._token_ids = [_token_ids(trace) for trace in traces]
+        self._vocab_size = 1 + max(max(token_ids) for token_ids in self._token_ids)
         self._lengths: dict[int, int] = {}
         self._advance = advance
 
@@ -59,11 +80,17 @@ class RecordedLane:
         return self._lengths[request_id]
 
     def forward(self, windows: Sequence[Window]) -> torch.Tensor:
-        """Let the time of a forward pass; `(sum of num_logits, 2)`."""
+        """Let the time of a forward pass; `(sum of num_logits, vocab_size)`."""
+        right: list[int] = []
         for window in windows:
             self._lengths[window.request_id] += len(window.token_ids)
+            end = self._lengths[window.request_id]
+            token_ids = self._token_ids[window.request_id]
+            right += [
+                token_ids[min(place, len(token_ids)) - 1] for place in range(end - window.num_logits + 1, end + 1)
+            ]
         self._advance(windows)
-        return torch.tensor([[0.0, 1.0]]).expand(sum(window.num_logits for window in windows), 2)
+        return torch.nn.functional.one_hot(torch.tensor(right, dtype=torch.long), self._vocab_size).float()
 
     def rollback(self, request_id: int, length: int) -> None:
         """Drop tokens."""
@@ -79,19 +106,22 @@ class RecordedLane:
 
 
 class RecordedProposer(Proposer):
-    """Guesses from a trace; behind a guess that is wrong, every further one is wrong too."""
+    """Guesses from a trace; behind a guess that is wrong, every further one is wrong too. Wrong ones are negative."""
 
     def __init__(self, traces: Sequence[Sequence[TracedGuess]]) -> None:
         super().__init__(2, LogitsProcessorList())
         self._traces = traces
+        self._token_ids = [_token_ids(trace) for trace in traces]
 
     def propose(self, logits: torch.Tensor, prefixes: Sequence[Prefix], num_guesses: int = 1) -> list[list[Guess]]:
-        """The traced guesses: token 1 is the target's, every other one is wrong."""
+        """The traced guesses."""
         return [self._guesses(prefix)[:num_guesses] for prefix in prefixes]
 
     def _guesses(self, prefix: Prefix) -> list[Guess]:
         traced = self._traces[prefix.request_id][prefix.length - 1]
-        is_right = all(token == 1 for token in prefix.token_ids()[1:][-MAX_LINE:])
+        token_ids = self._token_ids[prefix.request_id]
+        is_right = token_ids[: prefix.length - 1][-MAX_LINE:] == prefix.token_ids()[1:][-MAX_LINE:]
         rank = (0 if traced.stands else traced.rank) if is_right else None
         confidences = (traced.probability, *traced.others)
-        return [Guess(1 if place == rank else 2 + place, each) for place, each in enumerate(confidences)]
+        right = token_ids[prefix.length - 1]
+        return [Guess(right if place == rank else -1 - place, each) for place, each in enumerate(confidences)]

@@ -23,10 +23,11 @@ class PendingChoice(NamedTuple):
 
 
 class JudgedGuess(NamedTuple):
-    """A draft token whose fate is known: its place in its window (0 is the first), and whether it stood."""
+    """A guess whose fate is known: its place in its window (0 is the first), whether it stood, and whose it was."""
 
     place: int
     stood: bool
+    is_looked_up: bool = False
 
 
 @dataclass(eq=False)
@@ -55,6 +56,8 @@ class Request:
         Draft tokens judged since the loop last counted them.
     num_verdicts, num_told : int
         Verdicts that the draft was sent, and the verified tokens it knows.
+    first_looked_up : int or None
+        Place in the present window from which on guesses come from the text so far, not from the draft; None: nowhere.
     was_drafted : bool
         The last verified token stands because the draft had guessed it.
     """
@@ -72,6 +75,7 @@ class Request:
     num_told: int = 0
     pending: deque[PendingChoice] = field(default_factory=deque)
     judged: list[JudgedGuess] = field(default_factory=list)
+    first_looked_up: int | None = None
     was_drafted: bool = False
     scores: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
@@ -106,6 +110,7 @@ class Request:
         self.verified.append(token_id)
         self.was_drafted = choice.guess == token_id
         if choice.guess is not None:
-            self.judged.append(JudgedGuess(choice.place, self.was_drafted))
+            is_looked_up = self.first_looked_up is not None and choice.place >= self.first_looked_up
+            self.judged.append(JudgedGuess(choice.place, self.was_drafted, is_looked_up))
         if not self.was_drafted:
             self.pending.clear()

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from .lines import Guesses, Lines, usable
+from .lookup import LookupChances
 from .messages import TokenTree
-from .policy import Acceptance, ForwardTimes, LaunchRule, launch_rule, num_worth_verifying
+from .policy import Acceptance, ForwardTimes, LaunchRule, launch_rule, num_worth_verifying, worth_verifying_above
 from .request import Request
 
 
@@ -50,34 +52,7 @@ class DraftRunner(Protocol):
         """True when `num_steps` steps of this call are done, False after `timeout` seconds or without a draft."""
 
 
-class Guesses(NamedTuple):
-    """The likeliest line of a draft's tree beyond the verified tokens."""
-
-    token_ids: tuple[int, ...]
-    chances: tuple[float, ...]
-
-
-NO_GUESSES = Guesses((), ())
 STEP_TIMEOUT = 60.0
-
-
-def usable(tree: TokenTree | None, request: Request) -> Guesses:
-    """The likeliest line of `tree` behind the verified tokens, whether or not the draft has seen their verdicts."""
-    if tree is None or tree.root > len(request.verified):
-        return NO_GUESSES
-    node, places = -1, range(len(tree.token_ids))
-    for token_id in request.verified[tree.root :]:
-        behind = (place for place in places if (tree.parents[place], tree.token_ids[place]) == (node, token_id))
-        following = next(behind, None)
-        if following is None:
-            return NO_GUESSES
-        node = following
-    line: list[int] = []
-    for place in places[node + 1 :]:  # The likeliest child of a node comes first, and behind the node.
-        if tree.parents[place] == node and len(line) < request.room:
-            line.append(place)
-            node = place
-    return Guesses(tuple(tree.token_ids[place] for place in line), tuple(tree.chances[place] for place in line))
 
 
 class NoDraft:
@@ -98,7 +73,7 @@ class NoDraft:
     def after_forward(self) -> None:
         """Nothing to do."""
 
-    def learn(self, num_tokens: int, seconds: float, num_verified: int, stood: Sequence[bool]) -> None:
+    def learn(self, num_tokens: int, seconds: float, num_verified: int) -> None:
         """Nothing to learn."""
 
 
@@ -139,15 +114,26 @@ class FreeRunning(NoDraft):
 
     Without `overlap` the draft makes a step only when it is waited for: ordinary speculative decoding whose draft
     length follows the cost model.
+
+    Parameters
+    ----------
+    lookup_chances : LookupChances, optional
+        What is known of guesses that are looked up in the text so far; without it there are none.
     """
 
     def __init__(
-        self, draft: DraftRunner, forward_times: ForwardTimes, acceptance: Acceptance, overlap: bool = True
+        self,
+        draft: DraftRunner,
+        forward_times: ForwardTimes,
+        acceptance: Acceptance,
+        overlap: bool = True,
+        lookup_chances: LookupChances | None = None,
     ) -> None:
         self.draft = draft
         self.forward_times = forward_times
         self.acceptance = acceptance
         self.overlap = overlap
+        self._lines = Lines(acceptance, lookup_chances)
 
     def before_forward(self, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
         """The draft tokens of every request that the coming forward verifies; waits for them where that pays."""
@@ -159,6 +145,8 @@ class FreeRunning(NoDraft):
             max(1, len(requests)),
             concurrent=self.overlap and self.draft.concurrent,
         )
+        for request in requests:
+            self._lines.settle(request)
         for _ in range(self.draft.max_line):
             guesses = {request.request_id: self._guesses(request) for request in requests}
             if not self._wait_pays(requests, guesses, rule):
@@ -168,13 +156,29 @@ class FreeRunning(NoDraft):
                 self.draft.grant(1)
             if not self.draft.wait(num_steps, timeout=0.005 + 4 * step_seconds):
                 break
-        return {
-            request_id: guess.token_ids[: num_worth_verifying(guess.chances, rule.verify_above)]
-            for request_id, guess in guesses.items()
-        }
+        return self._launch(requests, guesses, rule.verify_above)
+
+    def without_draft(self, requests: Sequence[Request], times: ForwardTimes) -> dict[int, tuple[int, ...]]:
+        """What can be looked up for every request, while the draft rests; `times` are those of forwards meanwhile."""
+        for request in requests:
+            self._lines.settle(request)
+        guesses = {request.request_id: self._lines.best(request, None) for request in requests}
+        return self._launch(requests, guesses, worth_verifying_above(times, max(1, len(requests))))
 
     def _guesses(self, request: Request) -> Guesses:
-        return usable(self.draft.tree(request.request_id), request)
+        return self._lines.best(request, self.draft.tree(request.request_id))
+
+    def _launch(
+        self, requests: Sequence[Request], guesses: dict[int, Guesses], verify_above: float
+    ) -> dict[int, tuple[int, ...]]:
+        """Of every line what is worth verifying."""
+        launched = {}
+        for request in requests:
+            line = guesses[request.request_id]
+            num_tokens = num_worth_verifying(line.chances, verify_above)
+            launched[request.request_id] = line.token_ids[:num_tokens]
+            self._lines.launch(request, line, num_tokens)
+        return launched
 
     def _wait_pays(self, requests: Sequence[Request], guesses: dict[int, Guesses], rule: LaunchRule) -> bool:
         """Whether the lines that may still grow are likely enough, on average over all rows, to be waited for."""
@@ -189,8 +193,6 @@ class FreeRunning(NoDraft):
                 total += math.prod(guess.chances)
         return bool(requests) and total / len(requests) > rule.wait_above
 
-    def learn(self, num_tokens: int, seconds: float, num_verified: int, stood: Sequence[bool]) -> None:
-        """Learn from a decode forward over `num_tokens` tokens, and which guesses stood when it was judged."""
+    def learn(self, num_tokens: int, seconds: float, num_verified: int) -> None:
+        """Learn what a decode forward over `num_tokens` tokens costs."""
         self.forward_times.record(num_tokens, seconds)
-        for each in stood:
-            self.acceptance.record(each)

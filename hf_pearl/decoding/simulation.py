@@ -13,10 +13,11 @@ from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteri
 from .benefit import Benefits
 from .calibration import Calibration
 from .drafting import MAX_WIDTH, Drafter
+from .lookup import LookupChances
 from .loop import DecodingLoop
 from .messages import Admission, Grant, Removal, TokenTree, Verdict, Window
 from .policy import Acceptance, ForwardTimes
-from .recorded import RecordedLane, RecordedProposer, TracedGuess
+from .recorded import RecordedLane, RecordedProposer, TracedGuess, has_tokens
 from .request import Request
 from .rules import Rules
 from .schedule import FreeRunning, Lockstep, NoDraft
@@ -189,14 +190,14 @@ def simulate_run(
             clock.now += seconds
 
     if draft_length is not None:
-        lane = RecordedLane(lambda windows: None)
+        lane = RecordedLane(traces)
         free_running = draft_length == "auto" and overlap
         proposer = RecordedProposer(traces)
         drafter = TimedDrafter(costs, lane, proposer, Calibration(), free_running=free_running, max_width=max_width)
         draft = VirtualDraft(drafter, costs, clock, free_running)
-    return _run(
-        traces, RecordedLane(advance_target), draft, clock, _schedule(draft, draft_length, overlap, clock, benefits)
-    )
+    lookup_chances = LookupChances() if overlap and has_tokens(traces) else None
+    schedule = _schedule(draft, draft_length, overlap, clock, benefits, lookup_chances)
+    return _run(traces, RecordedLane(traces, advance_target), draft, clock, schedule)
 
 
 def _schedule(
@@ -205,12 +206,13 @@ def _schedule(
     overlap: bool,
     clock: VirtualClock,
     benefits: Benefits | None,
+    lookup_chances: LookupChances | None,
 ) -> NoDraft:
     if draft is None:
         return NoDraft()
     if isinstance(draft_length, int):
         return Lockstep(draft, draft_length, overlap)
-    drafting = FreeRunning(draft, ForwardTimes(), Acceptance(), overlap)
+    drafting = FreeRunning(draft, ForwardTimes(), Acceptance(), overlap, lookup_chances)
     return drafting if benefits is None else WhilePays(drafting, draft, benefits, lambda is_leaving: None, clock)
 
 

@@ -23,9 +23,11 @@ class PearlStats:
     drafted_tokens : int
         Tokens the draft guessed; beside each of them it may have noted others that are less likely.
     verified_draft_tokens : int
-        Of these, the ones that went into a target forward.
+        Guesses that went into a target forward: of the draft, or looked up in prompt and output.
     accepted_tokens : int
         Of these, the ones that stood.
+    accepted_looked_up_tokens : int
+        Of these, the ones that were looked up.
     wasted_draft_tokens : int
         Drafted tokens that were not accepted: dropped, or equal to a token that the target had meanwhile chosen itself.
     generated_tokens : int
@@ -58,6 +60,7 @@ class PearlStats:
     drafted_tokens: int = 0
     verified_draft_tokens: int = 0
     accepted_tokens: int = 0
+    accepted_looked_up_tokens: int = 0
     wasted_draft_tokens: int = 0
     generated_tokens: int = 0
     decode_windows: int = 0
@@ -97,14 +100,15 @@ class PearlStats:
         """For each place of a window, the share of its draft tokens that stood, given that all before them did."""
         return [stood / judged for stood, judged in zip(self.stood_at, self.judged_at, strict=True) if judged]
 
-    def judge(self, place: int, stood: bool) -> None:
-        """Count a draft token at `place` of its window, all before which stood."""
+    def judge(self, place: int, stood: bool, is_looked_up: bool = False) -> None:
+        """Count a guess at `place` of its window, all before which stood."""
         while place >= len(self.judged_at):
             self.judged_at.append(0)
             self.stood_at.append(0)
         self.judged_at[place] += 1
         self.stood_at[place] += stood
         self.accepted_tokens += stood
+        self.accepted_looked_up_tokens += stood and is_looked_up
 
 
 def overlap(first: Sequence[Interval], second: Sequence[Interval]) -> float:

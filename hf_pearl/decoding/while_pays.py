@@ -48,13 +48,13 @@ class WhilePays(NoDraft):
         self._is_first = True
 
     def before_forward(self, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
-        """The draft tokens of every request that the coming forward verifies; none while the draft rests."""
+        """The draft tokens of every request that the coming forward verifies; those looked up while the draft rests."""
         self._began = self._clock()
         self._num_rows = max(1, len(requests))
         self._benefit = self._benefits.of(self._num_rows)
         self._rest(requests, not (self._benefit.drafts and self._draft.is_ready))
         if self.is_resting:
-            return {}
+            return self._drafting.without_draft(requests, self._benefits.plain_times)
         self._has_caught_up = self._has_caught_up or all(self._knows(request) for request in requests)
         return self._drafting.before_forward(requests)
 
@@ -71,10 +71,12 @@ class WhilePays(NoDraft):
         tree = self._draft.tree(request.request_id)
         return tree is not None and tree.root >= self._waits_for.get(request.request_id, 0)
 
-    def learn(self, num_tokens: int, seconds: float, num_verified: int, stood: Sequence[bool]) -> None:
+    def learn(self, num_tokens: int, seconds: float, num_verified: int) -> None:
         """Learn from a decode forward, and from how long its cycle took."""
-        if not self.is_resting:
-            self._drafting.learn(num_tokens, seconds, num_verified, stood)
+        if self.is_resting:
+            self._benefits.plain_times.record(num_tokens, seconds)
+        else:
+            self._drafting.learn(num_tokens, seconds, num_verified)
         is_of_phase = self._benefit.drafts != self.is_resting
         if is_of_phase and (self.is_resting or self._has_caught_up):
             self._benefit.record(num_verified / self._num_rows, self._clock() - self._began)

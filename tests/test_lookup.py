@@ -1,0 +1,136 @@
+"""Guesses that are looked up in prompt and output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import enabled_for_tiny_models
+
+from hf_pearl.decoding.lines import Lines
+from hf_pearl.decoding.lookup import MAX_MATCH, MIN_MATCH, LookupChances, PromptLookup
+from hf_pearl.decoding.messages import TokenTree
+from hf_pearl.decoding.policy import Acceptance
+from hf_pearl.decoding.recorded import TracedGuess
+from hf_pearl.decoding.request import Request
+from hf_pearl.decoding.simulation import Costs, simulate_run
+
+TEXTS = st.lists(st.integers(0, 2), max_size=40)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def enabled() -> Iterator[None]:
+    with enabled_for_tiny_models():
+        yield
+
+
+def index(token_ids: Sequence[int]) -> PromptLookup:
+    lookup = PromptLookup()
+    lookup.extend(token_ids)
+    return lookup
+
+
+def naive_continuation(verified: list[int], line: list[int], num_tokens: int) -> tuple[list[int], int]:
+    """By search: the last place in `verified` behind the last three tokens of all, or else the last two."""
+    text = verified + line
+    for size in (MIN_MATCH + 1, MIN_MATCH):
+        for place in range(len(verified) - 1, size - 1, -1):
+            if len(text) >= size and verified[place - size : place] == text[-size:]:
+                match = size
+                while (
+                    match < MAX_MATCH
+                    and place > match
+                    and len(text) > match
+                    and verified[place - match - 1] == text[-match - 1]
+                ):
+                    match += 1
+                while len(text) < len(verified) + len(line) + num_tokens:
+                    text = [*text, text[place]]
+                    place += 1
+                return text[len(verified) + len(line) :], match
+    return [], 0
+
+
+@given(TEXTS, st.lists(st.integers(0, 2), max_size=5), st.integers(0, 12), st.integers(0, 40))
+def test_it_finds_what_a_search_finds(verified: list[int], line: list[int], num_tokens: int, first: int) -> None:
+    lookup = index(verified[:first])
+    lookup.extend(verified[first:])
+    assert lookup.continuation(line, num_tokens) == naive_continuation(verified, line, num_tokens)
+
+
+def test_repetition_is_continued_beyond_its_end() -> None:
+    assert index([7, 1, 2, 3, 1, 2]).continuation((), 7) == ([3, 1, 2, 3, 1, 2, 3], 2)
+    assert index([7, 1, 2, 3, 1]).continuation((2, 3), 4) == ([1, 2, 3, 1], 3)
+
+
+def test_chances_are_learnt_by_matching_tokens() -> None:
+    chances = LookupChances()
+    assert chances.chance(2) < chances.chance(3) < chances.chance(MAX_MATCH) == chances.chance(10 * MAX_MATCH)
+    for _ in range(300):
+        chances.judge(3, False)
+        chances.judge(50, True)
+    assert chances.chance(3) < 0.1 < 0.9 < chances.chance(MAX_MATCH)
+    assert chances.chance(4) == LookupChances().chance(4)
+
+
+def request(token_ids: Sequence[int], room: int = 100) -> Request:
+    return Request(0, len(token_ids), (), len(token_ids) + 1 + room, list(token_ids))
+
+
+def tree(root: int, token_ids: tuple[int, ...], chance: float) -> TokenTree:
+    return TokenTree(0, 0, 0, root, token_ids, tuple(range(-1, len(token_ids) - 1)), (chance,) * len(token_ids))
+
+
+def test_the_better_line_is_taken_and_a_drafted_one_goes_on_with_what_is_looked_up() -> None:
+    lines, row = Lines(Acceptance(), LookupChances()), request([1, 2, 3, 4, 5, 1, 2, 3])
+    lines.settle(row)
+    assert lines.best(row, None).token_ids[:4] == (4, 5, 1, 2)
+    assert lines.best(row, None).num_drafted == 0
+    unlikely, likely = tree(8, (9, 9), 0.1), tree(8, (4, 5), 0.99)
+    assert lines.best(row, unlikely).token_ids[:2] == (4, 5)
+    best = lines.best(row, likely)
+    assert (best.token_ids[:6], best.num_drafted) == ((4, 5, 1, 2, 3, 4), 2)
+    assert best.chances[:2] == (0.99, 0.99)
+
+
+def test_no_line_is_longer_than_the_room_there_is() -> None:
+    for room in range(5):
+        lines, row = Lines(Acceptance(), LookupChances()), request([1, 2, 3, 1, 2], room)
+        lines.settle(row)
+        for drafted in (None, tree(5, (3, 1, 2, 3), 0.9)):
+            assert len(lines.best(row, drafted).token_ids) == room
+
+
+def test_what_became_of_the_guesses_is_learnt_once() -> None:
+    acceptance, chances = Acceptance(), LookupChances()
+    lines, row = Lines(acceptance, chances), request([1, 2, 3, 1, 2])
+    lines.settle(row)
+    lines.launch(row, lines.best(row, tree(5, (3, 1), 0.99)), 3)
+    before = chances.chance(2), chances.chance(3)
+    row.verified += [3, 6]  # What was looked up behind two matching tokens stood, then it did not behind three.
+    lines.settle(row)
+    assert chances.chance(2) > before[0]
+    assert chances.chance(3) < before[1]
+    known = chances.chance(2), chances.chance(3), acceptance.chance
+    lines.settle(row)
+    assert (chances.chance(2), chances.chance(3), acceptance.chance) == known
+    assert acceptance.chance != Acceptance().chance
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_text_that_repeats_itself_needs_no_draft(num_rows: int) -> None:
+    """A draft that is always wrong; the text is a loop of 20 tokens."""
+    traces = [[TracedGuess(False, 0.5, token_id=place % 20) for place in range(200 + row)] for row in range(num_rows)]
+    costs = Costs(lambda num_guesses: 1.0, lambda num_tokens: 8.0 + 0.1 * num_tokens)
+    stats = simulate_run(traces, costs).stats
+    assert stats.generated_tokens == num_rows * len(traces[-1])
+    assert stats.target_forwards < 60
+    assert stats.accepted_looked_up_tokens == stats.accepted_tokens > 100 * num_rows
+
+
+def test_text_without_repetition_has_no_looked_up_guesses() -> None:
+    trace = [TracedGuess(True, 0.9, token_id=place) for place in range(100)]
+    stats = simulate_run([trace], Costs(lambda _: 1.0, lambda _: 8.0)).stats
+    assert stats.accepted_looked_up_tokens == 0 < stats.accepted_tokens
