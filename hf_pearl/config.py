@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+
+from .decoding.drafting import MAX_WIDTH
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 MAX_SALT = 1024
@@ -60,6 +62,9 @@ class PearlConfig:
     prefix_cache: bool = True
     cache_salt: str = ""
     seed: int | None = None
+
+    # No setting: guesses that a draft step computes at most. What the tree gives is measured on a subclass with 1.
+    max_draft_width: ClassVar[int] = MAX_WIDTH
 
     def __post_init__(self) -> None:
         if self.draft_length != "auto":

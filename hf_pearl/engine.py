@@ -18,7 +18,7 @@ from .cache.support import check_supported
 from .config import PearlConfig
 from .decoding.benefit import Benefits
 from .decoding.calibration import Calibration
-from .decoding.drafting import MAX_WIDTH, Drafter
+from .decoding.drafting import Drafter
 from .decoding.lookup import LookupChances
 from .decoding.loop import DecodingLoop
 from .decoding.messages import Admission
@@ -209,7 +209,7 @@ class PearlEngine:
         lane = ModelLane(draft, self.caches["draft"], config.prefix_cache, config.cache_salt)
         proposer = Proposer(vocab_size, processors, pad_token_id)
         # Lanes that take turns have no time for guesses beside the likeliest line.
-        max_width = 1 if execution == "inline" else MAX_WIDTH
+        max_width = 1 if execution == "inline" else config.max_draft_width
         drafter = Drafter(lane, proposer, self.calibration, free_running=free_running, max_width=max_width)
         return InlineDraft(drafter, lane) if execution == "inline" else ThreadDraft(drafter, lane, free_running)
 

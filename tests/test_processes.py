@@ -705,6 +705,7 @@ OPTIONS = st.builds(
     free_running=st.booleans(),
     prefix_cache=st.booleans(),
     max_line=st.integers(1, 64),
+    max_width=st.integers(1, 64),
     num_blocks=st.integers(1, 2**20),
     processors=st.just([]),
 )

@@ -117,6 +117,7 @@ class DraftWorker:
             config.cache_salt,
             config.eight_bit_cache,
             max_line,
+            config.max_draft_width,
             self.cache_blocks,
             encode_processors(processors),
         )

@@ -42,6 +42,7 @@ class CallOptions(NamedTuple):
     cache_salt: str
     eight_bit_cache: bool
     max_line: int
+    max_width: int
     num_blocks: int
     processors: list[dict[str, Any]]
 
@@ -188,6 +189,7 @@ def _decode_begin_call(words: Sequence[int]) -> BeginCall:
         "vocab_size": (1, MAX_TOKEN_ID),
         "pad_token_id": (0, MAX_TOKEN_ID),
         "max_line": (1, MAX_TREE_TOKENS),
+        "max_width": (1, MAX_TREE_TOKENS),
         "num_blocks": (1, MAX_COUNT),
         "free_running": (False, True),
         "prefix_cache": (False, True),

@@ -176,7 +176,7 @@ class DraftServer:
     def _draft(self, options: records.CallOptions, outbox: Outbox) -> None:
         lane = ModelLane(self.model, self._cache_for(options), options.prefix_cache, options.cache_salt)
         proposer = Proposer(options.vocab_size, decode_processors(options.processors), options.pad_token_id)
-        drafter = Drafter(lane, proposer, self.calibration, options.max_line, options.free_running)
+        drafter = Drafter(lane, proposer, self.calibration, options.max_line, options.free_running, options.max_width)
         with lane.ready():
             outbox.publish(drafter, [])
             run_draft_loop(drafter, self.inbox, lambda trees: outbox.publish(drafter, trees), options.free_running)
