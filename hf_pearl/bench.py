@@ -1,35 +1,147 @@
-"""Measure a part of hf_pearl beside what it stands in for, in one run and in turns.
+"""Measure ways of decoding beside each other, or a part of hf_pearl beside what it stands in for, in one run.
 
-cache   the paged cache beside transformers' `DynamicCache`: decode steps, prefill, memory, forks, block sizes
+generation  transformers' ways of decoding and ours on the same prompts, in turns, each at its own best setting; what
+            each part of PEARL gives; speeds are shown of methods whose output is right
+cache       the paged cache beside transformers' `DynamicCache`: decode steps, prefill, memory, forks, block sizes
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from .benchmark import describe_machine, describe_versions
+from .benchmark import BENCH, Workload, describe_machine, describe_versions, notes, table
 from .benchmark.cache_suite import NUM_TURNS, measure_cache
 from .benchmark.cache_table import cache_table
-from .command_line import add_model_options, load_target, positive_int, writable_file
+from .benchmark.grid_tables import summary_table, title, titled_tables
+from .benchmark.heavier import heavier
+from .benchmark.plot import MISSING, is_matplotlib_available, plot
+from .benchmark.recording import describe_model, figures, measure_with_progress
+from .command_line import (
+    UsageError,
+    add_pair_options,
+    add_workload_options,
+    at_least_one,
+    existing_folder,
+    load_pair,
+    load_target,
+    make_prompts,
+    positive_int,
+    writable_file,
+    write_json,
+)
+from .enabling import disable, enable
+from .registry import release
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--suite", choices=["cache"], required=True, help="what to measure")
-    add_model_options(parser)
-    group = parser.add_argument_group("measurement")
+    parser.add_argument("--suite", choices=sorted(SUITES), default="generation", help="default: generation")
+    add_pair_options(parser)
+    for add, _ in SUITES.values():
+        add(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; 1 where a method wrote something else than the reference, and not at a near-tie."""
+    for suite, (add, _) in SUITES.items():
+        parser = argparse.ArgumentParser()
+        add(parser)
+        for name, default in vars(parser.parse_args([])).items():
+            if suite != args.suite and getattr(args, name) != default:
+                raise UsageError(f"--{name.replace('_', '-')} is an option of --suite {suite}")
+    return SUITES[args.suite][1](args)
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """What `--suite generation` can be told; every combination of the lists is a measurement of its own."""
+    add_workload_options(parser, many=True)
+    group = parser.add_argument_group("measurement (--suite generation)")
+    group.add_argument(
+        "--batch-size", metavar="N", type=positive_int, nargs="+", default=[1], help="prompts per call (default: 1)"
+    )
+    group.add_argument(
+        "--target-cost",
+        metavar="X",
+        type=at_least_one,
+        nargs="+",
+        default=[1.0],
+        help="give the target X times its work, with the same output, to stand in for a larger one (default: 1)",
+    )
+    group.add_argument("--runs", metavar="N", type=positive_int, default=3, help="take medians of N runs (default: 3)")
+    group.add_argument(
+        "--json-folder", metavar="FOLDER", type=existing_folder, help="write each measurement's figures to a file in it"
+    )
+    group.add_argument("--markdown", metavar="FILE", type=writable_file, help="write the tables to FILE, too")
+    group.add_argument("--plot", metavar="FILE", type=writable_file, help="draw all speed-ups (PNG); needs matplotlib")
+
+
+def run_generation(args: argparse.Namespace) -> int:
+    """Measure every combination of cost, batch size and temperature."""
+    if args.plot is not None and not is_matplotlib_available():
+        raise UsageError(f"--plot {args.plot}: {MISSING}")
+    measured = []
+    for cost, workload in _workloads(args):
+        enable(workload.target)
+        try:
+            measurement = measure_with_progress(workload, BENCH, args.runs)
+        finally:
+            disable(workload.target)
+            release(workload.target)
+        measured.append({**figures(measurement), "target_cost": cost})
+        print(f"\n{title(measured[-1])}\n", table(measurement), "", *notes(measurement), sep="\n", flush=True)
+        if args.json_folder is not None:
+            write_json(args.json_folder / f"{_file_name(measured[-1])}.json", measured[-1])
+    if args.markdown is not None:
+        args.markdown.write_text(_document(measured), "utf-8")
+    if args.plot is not None:
+        plot(measured, args.plot)
+    return int(any(each["first_differences"] > each["near_ties"] for each in measured))
+
+
+def _workloads(args: argparse.Namespace) -> Iterator[tuple[float, Workload]]:
+    target, draft, _ = pair = load_pair(args)
+    prompts = make_prompts(args, pair)
+    for batch_size in args.batch_size:
+        if len(prompts) % batch_size:
+            raise UsageError(f"--batch-size {batch_size}: {len(prompts)} prompts (--num-prompts) fill no whole batches")
+    print(f"target: {describe_model(target)}\ndraft:  {describe_model(draft)}")
+    for cost in args.target_cost:
+        try:
+            heavy = heavier(target, cost)
+        except NotImplementedError as error:
+            raise UsageError(f"--target-cost {cost:g}: {error}") from error
+        for temperature, batch_size in product(args.temperature, args.batch_size):
+            yield cost, Workload(heavy, draft, prompts, args.max_new_tokens, temperature, args.seed, batch_size)
+
+
+def _file_name(saved: dict[str, Any]) -> str:
+    workload = saved["workload"]
+    return f"bench-cost{saved['target_cost']:g}-temperature{workload['temperature']:g}-batch{workload['batch_size']}"
+
+
+def _document(measured: list[dict[str, Any]]) -> str:
+    return "\n\n".join([*([summary_table(measured)] if len(measured) > 1 else []), titled_tables(measured)]) + "\n"
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """What `--suite cache` can be told."""
+    group = parser.add_argument_group("measurement (--suite cache)")
     group.add_argument("--steps", metavar="N", type=positive_int, default=20, help="take medians of N (default: 20)")
     group.add_argument("--threads", metavar="N", type=positive_int, help="of the CPU (default: torch's)")
     group.add_argument("--json", metavar="FILE", type=writable_file, help="write the figures to FILE, too")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the command."""
+def run_cache(args: argparse.Namespace) -> int:
+    """Measure the paged cache."""
+    if args.draft is not None:
+        raise UsageError("--draft is an option of --suite generation")
     model, name = load_target(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -39,8 +151,8 @@ def run(args: argparse.Namespace) -> int:
             bar.set_postfix_str(part)
             bar.update()
 
-        figures = measure_cache(model, args.steps, advance)
-    figures |= {
+        measured = measure_cache(model, args.steps, advance)
+    measured |= {
         "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "num_threads": torch.get_num_threads(),
@@ -49,7 +161,14 @@ def run(args: argparse.Namespace) -> int:
         "machine": describe_machine(model.device),
         "versions": describe_versions(),
     }
-    print(cache_table(figures))
+    print(cache_table(measured))
     if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", "utf-8")
+        write_json(args.json, measured)
     return 0
+
+
+Suite = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+SUITES: dict[str, Suite] = {
+    "generation": (add_generation_options, run_generation),
+    "cache": (add_cache_options, run_cache),
+}

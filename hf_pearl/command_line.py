@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,8 +40,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     return group
 
 
-def add_workload_options(parser: argparse.ArgumentParser) -> None:
-    """What is to be generated."""
+def add_workload_options(parser: argparse.ArgumentParser, many: bool = False) -> None:
+    """What is to be generated; with `many`, at one temperature or more."""
     group = parser.add_argument_group("text")
     prompts = group.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", help="continue this text")
@@ -53,8 +54,9 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-new-tokens", metavar="N", type=positive_int, default=100, help="per prompt (default: 100)"
     )
+    several: dict[str, Any] = {"nargs": "+", "default": [0.0]} if many else {"default": 0.0}
     group.add_argument(
-        "--temperature", metavar="T", type=temperature, default=0.0, help="0, the default, is greedy decoding"
+        "--temperature", metavar="T", type=temperature, help="0, the default, is greedy decoding", **several
     )
     group.add_argument("--seed", metavar="N", type=seed, default=0, help="of sampling (default: 0)")
 
@@ -84,12 +86,35 @@ def temperature(text: str) -> float:
     return value
 
 
+def at_least_one(text: str) -> float:
+    """An argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 1.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 1, got {text!r}")
+    return value
+
+
+def existing_folder(text: str) -> Path:
+    """An argparse type."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder that exists, got {text!r}")
+    return Path(text)
+
+
 def writable_file(text: str) -> Path:
     """An argparse type: a file to write to, in a folder that exists."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
     return path
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Write figures to a file."""
+    path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", "utf-8")
 
 
 def load_pair(args: argparse.Namespace) -> Pair:
@@ -168,7 +193,13 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def make_workload(args: argparse.Namespace, pair: Pair) -> Workload:
-    """The prompts, tokenized, and how to continue them.
+    """The prompts, tokenized, and how to continue them; raises what `make_prompts` does."""
+    target, draft, _ = pair
+    return Workload(target, draft, make_prompts(args, pair), args.max_new_tokens, args.temperature, args.seed)
+
+
+def make_prompts(args: argparse.Namespace, pair: Pair) -> tuple[torch.Tensor, ...]:
+    """The prompts, tokenized, each `(1, length)`.
 
     Raises
     ------
@@ -187,7 +218,7 @@ def make_workload(args: argparse.Namespace, pair: Pair) -> Workload:
                 f"--max-new-tokens {args.max_new_tokens}: with a prompt of {max(lengths)} tokens this is more than the "
                 f"{limit} positions of {model.name_or_path}"
             )
-    return Workload(target, draft, prompts, args.max_new_tokens, args.temperature, args.seed)
+    return prompts
 
 
 def _device(name: str | None) -> torch.device:

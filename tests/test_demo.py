@@ -21,13 +21,15 @@ from transformers.utils import logging
 import hf_pearl
 from hf_pearl import pair
 from hf_pearl.__main__ import main
-from hf_pearl.benchmark import METHODS, Workload, complete, first_difference, is_near_tie, settings
+from hf_pearl.benchmark import DEMO, Workload, complete, first_difference, is_near_tie
+from hf_pearl.benchmark.methods import SEQUENTIAL, Setting
 from hf_pearl.benchmark.near_tie import window_logits
 from hf_pearl.command_line import add_workload_options, load_prompts
 from hf_pearl.streaming import DRAFTED, PLAIN, VerifiedStreamer
 
 TIMEOUT = 240.0
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+METHODS = ("generate", "assisted", "engine", "speculative", "pearl")
 SMALL = ("--runs", "2", "--max-new-tokens", "12", "--dtype", "float64")
 PROMPT = "abc dead beef cafe"
 
@@ -94,7 +96,7 @@ def test_the_module_prints_a_table_and_writes_the_same_figures(folders: Folders,
     figures = json.loads(file.read_text())
     methods = {method["name"]: method for method in figures["methods"]}
     rows = rows_of(done.stdout)
-    assert tuple(methods) == tuple(rows) == METHODS
+    assert tuple(methods) == tuple(rows) == METHODS == tuple(method.name for method in DEMO)
     for name, method in methods.items():
         assert rows[name][0] == f"{method['tokens_per_second']:.1f}"
         assert rows[name][2] == f"{method['mean_accepted_tokens']:.2f}"
@@ -276,13 +278,13 @@ def test_the_streamer_hears_of_every_token_that_the_draft_wrote(folders: Folders
     workload = Workload(target, draft, (tokenizer(PROMPT, return_tensors="pt").input_ids,), max_new_tokens=30)
     hf_pearl.enable(target)
     try:
-        done = complete(workload, settings("speculative")[0], workload.prompts[0], streamer)
+        done = complete(workload, Setting(SEQUENTIAL, uses_draft=True), workload.batches[0], streamer)
     finally:
         hf_pearl.disable(target)
         hf_pearl.release(target)
     assert done.stats is not None
     assert 0 < streamer.num_drafted == done.stats.accepted_tokens < streamer.num_tokens == 30
-    assert file.getvalue() == tokenizer.decode(done.token_ids) + "\n"
+    assert file.getvalue() == tokenizer.decode(done.rows[0]) + "\n"
 
 
 def test_a_first_difference_is_a_near_tie_only_where_rounding_may_decide() -> None:

@@ -1,17 +1,20 @@
 """Measure ways of decoding beside each other: same models, same prompts, in turns, each at its own best setting."""
 
+from .completion import Completion, Workload, complete
 from .machine import describe_machine, describe_versions
 from .measurement import Measurement, measure, num_calls, warm_up
-from .methods import METHODS, OURS, Completion, Setting, Workload, complete, settings
+from .methods import BENCH, DEMO, PEARL, Method, Setting
 from .near_tie import first_difference, is_near_tie
 from .results import MethodResult
 from .table import notes, table
 
 __all__ = [
-    "METHODS",
-    "OURS",
+    "BENCH",
+    "DEMO",
+    "PEARL",
     "Completion",
     "Measurement",
+    "Method",
     "MethodResult",
     "Setting",
     "Workload",
@@ -23,7 +26,6 @@ __all__ = [
     "measure",
     "notes",
     "num_calls",
-    "settings",
     "table",
     "warm_up",
 ]

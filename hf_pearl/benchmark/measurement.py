@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .methods import METHODS, OURS, Completion, Setting, Workload, complete, settings, thread_counts
+import torch
+from transformers import PreTrainedModel
+
+from ..parallel.cores import available_cores
+from .completion import Batch, Completion, Workload, complete
+from .methods import Method, Setting
 from .near_tie import first_difference, is_near_tie
 from .results import MethodResult
 
 NUM_TRIALS = 2
-TRIAL_TOKENS = 48
+TRIAL_CALLS = 2
+TRIAL_TOKENS = 32
 START_SECONDS = 30.0
 HOPELESS = 1.5  # times the best
 WARM_UP = (
     f"every method once, untimed, until its draft works; then every number of threads, and at the best one every draft "
-    f"length: {TRIAL_TOKENS} tokens of the first prompt each, the better of {NUM_TRIALS} times"
+    f"length: {TRIAL_TOKENS} tokens of each prompt of {TRIAL_CALLS} calls, the better of {NUM_TRIALS} times"
 )
 
 Advance = Callable[[str], object]
@@ -25,7 +32,7 @@ Advance = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Measurement:
-    """All methods on one workload; `results` is in the order of `METHODS`."""
+    """All methods on one workload; `results` is in the order in which they were given."""
 
     workload: Workload
     results: tuple[MethodResult, ...]
@@ -34,35 +41,38 @@ class Measurement:
         """Of the method `name`."""
         return next(result for result in self.results if result.name == name)
 
-    def speedup_over(self, name: str) -> float | None:
-        """PEARL's tokens per second over those of the method `name`; None where that could not run."""
-        theirs, pearl = self.result(name).tokens_per_second, self.result("pearl").tokens_per_second
-        return pearl / theirs if pearl and theirs else None
+    @property
+    def compared(self) -> list[MethodResult]:
+        """The methods whose output must be the reference's: ours, and when greedy transformers' too."""
+        reference = reference_name(self.workload)
+        return [
+            result
+            for result in self.results
+            if result.runs and result.name != reference and (result.method.is_ours or not self.workload.temperature)
+        ]
 
     @property
     def num_first_differences(self) -> int:
-        """Completions of our methods that part from the reference's."""
-        return sum(result.num_first_differences for result in self.results if result.name in OURS)
+        """Texts that part from the reference's."""
+        return sum(result.num_first_differences for result in self.compared)
 
     @property
     def num_near_ties(self) -> int:
         """How many of them do so where the target finds both tokens equally good, as far as its rounding can tell."""
-        return sum(result.num_near_ties for result in self.results if result.name in OURS)
+        return sum(result.num_near_ties for result in self.compared)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, for a JSON file."""
         return {
             "methods": [result.as_dict() for result in self.results],
-            "speedup_over_generate": self.speedup_over("generate"),
-            "speedup_over_assisted": self.speedup_over("assisted"),
-            "mean_accepted_tokens": self.result("pearl").mean_accepted_tokens,
             "same_output": self.num_first_differences == 0,
             "first_differences": self.num_first_differences,
             "near_ties": self.num_near_ties,
-            "num_runs": len(self.result("pearl").runs),
+            "num_runs": max(len(result.runs) for result in self.results),
             "warm_up": WARM_UP,
             "workload": {
                 "num_prompts": len(self.workload.prompts),
+                "batch_size": self.workload.batch_size,
                 "prompt_tokens": [prompt.shape[1] for prompt in self.workload.prompts],
                 "max_new_tokens": self.workload.max_new_tokens,
                 "temperature": self.workload.temperature,
@@ -73,68 +83,108 @@ class Measurement:
         }
 
 
-def measure(workload: Workload, num_runs: int, advance: Advance = str) -> Measurement:
+def reference_name(workload: Workload) -> str:
+    """The method whose output is right: transformers' when greedy; when sampling, ours without a draft."""
+    return "engine" if workload.temperature else "generate"
+
+
+def measure(workload: Workload, methods: Sequence[Method], num_runs: int, advance: Advance = str) -> Measurement:
     """Measure every method `num_runs` times on every prompt, in turns.
+
+    Every method has a draft of its own, with the same weights, and so an engine and a worker of its own: what one
+    learns about its times says nothing about those of another.
 
     Parameters
     ----------
     advance : callable
-        Called with a method's name before each of the `num_calls` calls.
+        Called with a method's name before it is warmed up, before each of its trials and before each of its calls.
     """
+    own = {method.name: replace(workload, draft=sharing_copy(workload.draft)) for method in methods}
     chosen: dict[str, Setting] = {}
-    errors: dict[str, MethodResult] = {}
-    for method in METHODS:
+    results: dict[str, MethodResult] = {}
+    for method in methods:
         try:
-            chosen[method] = choose(workload, method, advance)
+            chosen[method.name] = choose(own[method.name], method, advance)
         except (ValueError, IndexError) as error:
-            if method != "assisted":
+            if method.is_ours or method.name == "generate":
                 raise
-            errors[method] = MethodResult(Setting(method), error=str(error))  # What transformers does not support.
-    runs: dict[str, list[list[Completion]]] = {method: [[] for _ in range(num_runs)] for method in chosen}
+            results[method.name] = MethodResult(method, error=str(error))  # What transformers does not support.
+    runs: dict[str, list[list[Completion]]] = {name: [[] for _ in range(num_runs)] for name in chosen}
     turns = list(chosen)
     for run in range(num_runs):
-        for prompt in workload.prompts:
-            for method in turns:
-                advance(method)
-                runs[method][run].append(complete(workload, chosen[method], prompt))
+        for batch in workload.batches:
+            for name in turns:
+                advance(name)
+                runs[name][run].append(complete(own[name], chosen[name], batch))
             turns = [*turns[1:], turns[0]]  # Nobody always runs behind the same one.
-    results = [MethodResult(chosen[method], tuple(map(tuple, runs[method]))) for method in chosen]
-    by_name = {result.name: _compared(workload, result, results) for result in results} | errors
-    return Measurement(workload, tuple(by_name[method] for method in METHODS))
+    for method in methods:
+        if method.name in chosen:
+            results[method.name] = MethodResult(method, chosen[method.name], tuple(map(tuple, runs[method.name])))
+    reference = results[reference_name(workload)].runs[0]
+    return Measurement(workload, tuple(_compared(workload, results[method.name], reference) for method in methods))
 
 
-def num_calls(workload: Workload, num_runs: int) -> int:
-    """How often `measure` calls `generate`, warm-up included, if every method runs."""
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model with the same weights in the same memory."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def num_calls(workload: Workload, methods: Sequence[Method], num_runs: int) -> int:
+    """How often `measure` calls `advance` at most."""
     num_counts = len(thread_counts(workload.target.device))
     trials = 0
-    for method in METHODS:
-        trials += 1 + sum(NUM_TRIALS * n for n in (num_counts, len(settings(method))) if n > 1)
-    return trials + num_runs * len(METHODS) * len(workload.prompts)
+    for method in methods:
+        trials += 1 + sum(NUM_TRIALS * n for n in (num_counts, len(method.candidates)) if n > 1)
+    return trials + num_runs * len(methods) * len(workload.batches)
 
 
-def choose(workload: Workload, method: str, advance: Advance = str) -> Setting:
+def thread_counts(device: torch.device, execution: str = "none") -> list[int]:
+    """Numbers of intra-op threads worth a trial: powers of two up to torch's own choice (cores, OMP_NUM_THREADS).
+
+    Where the draft runs in a process of its own, the engine leaves it a core.
+    """
+    most = torch.get_num_threads()
+    if execution == "processes":
+        most = max(1, min(most, len(available_cores()) - 1))
+    return sorted({most, *(2**i for i in range(most.bit_length()))}) if device.type == "cpu" else [most]
+
+
+def choose(workload: Workload, method: Method, advance: Advance = str) -> Setting:
     """The fastest setting of a method: the best number of threads for its default, then the best of its variants."""
-    candidates = settings(method)
+    default, *variants = method.candidates
     workload = replace(workload, max_new_tokens=min(TRIAL_TOKENS, workload.max_new_tokens))
-    advance(method)
-    warm_up(workload, candidates[0])
-    counts = thread_counts(workload.target.device)
-    best = _fastest(workload, [replace(candidates[0], num_threads=count) for count in counts], advance)
-    others = [replace(each, num_threads=best.num_threads) for each in candidates[1:]]
-    return _fastest(workload, [best, *others], advance)
+    advance(method.name)
+    stats = warm_up(workload, default).stats
+    counts = thread_counts(workload.target.device, "none" if stats is None else stats.execution)
+
+    def seconds_per_token(setting: Setting) -> float:
+        advance(method.name)
+        done = [complete(workload, setting, batch) for batch in trial_batches(workload)]
+        return sum(each.seconds for each in done) / sum(each.num_tokens for each in done)
+
+    best = _fastest([replace(default, num_threads=count) for count in counts], seconds_per_token)
+    return _fastest([best, *(replace(each, num_threads=best.num_threads) for each in variants)], seconds_per_token)
 
 
-def warm_up(workload: Workload, setting: Setting) -> None:
-    """Call `generate` untimed; where the draft runs beside it, until it takes part: it may need seconds to start."""
-    workload, prompt = replace(workload, max_new_tokens=TRIAL_TOKENS), workload.prompts[0][:, :16]
+def trial_batches(workload: Workload) -> tuple[Batch, ...]:
+    """The calls that a trial makes, evenly spread."""
+    return workload.batches[:: -(-len(workload.batches) // TRIAL_CALLS)]
+
+
+def warm_up(workload: Workload, setting: Setting) -> Completion:
+    """Call `generate`; where the draft runs beside it, until it takes part: it may need seconds to start."""
+    workload = replace(workload, max_new_tokens=TRIAL_TOKENS)
+    batch: Batch = tuple(prompt[:, :16] for prompt in workload.batches[0])
     deadline = time.monotonic() + START_SECONDS
     while True:
-        stats = complete(workload, setting, prompt).stats
+        done = complete(workload, setting, batch)
+        stats = done.stats
         if stats is None or not setting.uses_draft or stats.draft_steps or time.monotonic() > deadline:
-            return
+            return done
 
 
-def _fastest(workload: Workload, candidates: Sequence[Setting], advance: Advance) -> Setting:
+def _fastest(candidates: Sequence[Setting], seconds_per_token: Callable[[Setting], float]) -> Setting:
     """Try every setting; one that is far behind after the first time is not tried again."""
     if len(candidates) == 1:
         return candidates[0]
@@ -142,24 +192,23 @@ def _fastest(workload: Workload, candidates: Sequence[Setting], advance: Advance
     for _ in range(NUM_TRIALS):
         limit = HOPELESS * min(times) if min(times) else float("inf")
         for index, setting in enumerate(candidates):
-            advance(setting.method)
             if times[index] <= limit:
-                completion = complete(workload, setting, workload.prompts[0])
-                seconds = completion.seconds / len(completion.token_ids)
+                seconds = seconds_per_token(setting)
                 times[index] = min(times[index] or seconds, seconds)
     return candidates[times.index(min(times))]
 
 
-def _compared(workload: Workload, result: MethodResult, results: Sequence[MethodResult]) -> MethodResult:
-    """Count where a method parts from the reference: `generate` if greedy, else our engine without a draft."""
-    reference_name = "engine" if workload.temperature else "generate"
-    if workload.temperature and result.name not in OURS:
-        return result  # They draw their own noise.
-    reference = next(each for each in results if each.name == reference_name).runs[0]
+def _compared(workload: Workload, result: MethodResult, reference: Sequence[Completion]) -> MethodResult:
+    """Count where a method's texts part from the reference's."""
+    if workload.temperature and not result.method.is_ours:
+        return result  # transformers draws its own noise.
     parted = [
-        is_near_tie(workload.target, prompt, right.token_ids, each.token_ids, workload.temperature, workload.seed)
+        is_near_tie(workload.target, prompt, right, text, workload.temperature, workload.seed, row)
         for run in result.runs
-        for prompt, right, each in zip(workload.prompts, reference, run, strict=True)
-        if first_difference(right.token_ids, each.token_ids) is not None
+        for batch, expected, got in zip(workload.batches, reference, run, strict=True)
+        for row, (prompt, right, text) in enumerate(zip(batch, expected.rows, got.rows, strict=True))
+        if first_difference(right, text) is not None
     ]
-    return replace(result, num_first_differences=len(parted), num_near_ties=sum(parted))
+    num_wrong = len(parted) - sum(parted)
+    error = f"wrong: {num_wrong} texts differ from those of {reference_name(workload)}" if num_wrong else result.error
+    return replace(result, num_first_differences=len(parted), num_near_ties=sum(parted), error=error)

@@ -1,47 +1,26 @@
-"""The five ways of decoding that are compared, their settings, and one timed call of any of them."""
+"""The ways of decoding that are compared, and the settings of each that are worth a trial.
+
+Nothing is kept between the calls of our engine, unless a method says so: transformers computes every prompt anew, too.
+"""
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
-
-import torch
-from transformers import PreTrainedModel
+from typing import Any, ClassVar
 
 from ..config import PearlConfig
-from ..decoding.stats import PearlStats
 
-METHODS = ("generate", "assisted", "engine", "speculative", "pearl")
-OURS = METHODS[2:]
-ASSISTED_LENGTHS = (3, 5, 8)
-SPECULATIVE_LENGTHS = (2, 3, 4, 6)
+COLD = PearlConfig(prefix_cache=False)
+# Lanes that take turns need no second thread: handing over would only cost time.
+SEQUENTIAL = replace(COLD, overlap=False, execution="inline")
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What is to be generated, one prompt `(1, length)` after the other; greedy where `temperature` is 0.
+class OneLine(PearlConfig):
+    """The default without its tree: the draft guesses one line, as in the paper, and waits for nobody."""
 
-    The target must know `pearl` (`hf_pearl.enable`).
-    """
-
-    target: PreTrainedModel
-    draft: PreTrainedModel
-    prompts: tuple[torch.Tensor, ...]
-    max_new_tokens: int = 100
-    temperature: float = 0.0
-    seed: int = 0
-
-    def arguments(self, prompt: torch.Tensor) -> dict[str, Any]:
-        """The arguments of `generate` that all methods share."""
-        sampling: dict[str, Any] = {"do_sample": False}
-        if self.temperature:
-            sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-        mask = torch.ones_like(prompt)
-        return {"input_ids": prompt, "attention_mask": mask, "max_new_tokens": self.max_new_tokens, **sampling}
+    max_draft_width: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -52,126 +31,110 @@ class Setting:
     ----------
     pearl : PearlConfig or None
         None: transformers' own `generate`.
+    uses_draft : bool
+        Whether the draft takes part.
     assistant : mapping
         Fields of the draft's generation config (assisted generation).
-    num_threads : int
-        Intra-op threads of this process.
+    arguments : mapping
+        Further arguments of `generate`.
+    num_threads : int or None
+        Intra-op threads of this process; None leaves them as they are.
     """
 
-    method: str
     pearl: PearlConfig | None = None
+    uses_draft: bool = False
     assistant: Mapping[str, Any] = field(default_factory=dict)
-    num_threads: int = field(default_factory=torch.get_num_threads)
-
-    @property
-    def uses_draft(self) -> bool:
-        """Whether the draft takes part."""
-        return self.method not in ("generate", "engine")
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    num_threads: int | None = None
 
     def describe(self) -> dict[str, Any]:
         """What differs between the settings of one method."""
-        described: dict[str, Any] = {"num_threads": self.num_threads, **self.assistant}
+        described: dict[str, Any] = {"num_threads": self.num_threads, **self.assistant, **self.arguments}
         if self.pearl is not None and self.uses_draft:
             described["draft_length"] = self.pearl.draft_length
         return described
 
 
-class Completion(NamedTuple):
-    """One call's tokens after the prompt, its wall time, and what is known of its target forwards."""
+@dataclass(frozen=True)
+class Method:
+    """A way of decoding.
 
-    token_ids: tuple[int, ...]
-    seconds: float
-    num_target_forwards: int
-    stats: PearlStats | None
-
-
-def settings(method: str) -> list[Setting]:
-    """The settings of a method that are worth a trial, its default first.
-
-    Nothing is kept between the calls of our engine: transformers computes every prompt anew, too.
+    Attributes
+    ----------
+    summary : str
+        What it is, in some words.
+    candidates : tuple of Setting
+        What is worth a trial, its default first.
     """
-    if method == "assisted":
-        constant = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
-        fixed = [{"num_assistant_tokens": length, **constant} for length in ASSISTED_LENGTHS]
-        return [Setting(method), *(Setting(method, assistant=fields) for fields in fixed)]
-    if method == "speculative":
-        # Lanes that take turns need no second thread: handing over would only cost time.
-        config = PearlConfig(overlap=False, execution="inline", prefix_cache=False)
-        return [Setting(method, config)] + [
-            Setting(method, replace(config, draft_length=length)) for length in SPECULATIVE_LENGTHS
-        ]
-    return [Setting(method, None if method == "generate" else PearlConfig(prefix_cache=False))]
+
+    name: str
+    summary: str
+    candidates: tuple[Setting, ...]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it runs on our engine, so that its output must be right, and all it needs is supported."""
+        return self.candidates[0].pearl is not None
 
 
-def thread_counts(device: torch.device) -> list[int]:
-    """Numbers of intra-op threads worth a trial: powers of two up to torch's own choice (cores, OMP_NUM_THREADS)."""
-    most = torch.get_num_threads()
-    return sorted({most, *(2**i for i in range(most.bit_length()))}) if device.type == "cpu" else [most]
+def _constant(lengths: tuple[int, ...]) -> tuple[Setting, ...]:
+    fields = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
+    return tuple(Setting(uses_draft=True, assistant={"num_assistant_tokens": length, **fields}) for length in lengths)
 
 
-def complete(workload: Workload, setting: Setting, prompt: torch.Tensor, streamer: Any = None) -> Completion:
-    """One call of `generate`, timed, prompt included."""
-    arguments = workload.arguments(prompt) | ({} if streamer is None else {"streamer": streamer})
-    if setting.uses_draft:
-        arguments["assistant_model"] = workload.draft
-    if setting.pearl is not None:
-        arguments |= {"pearl": replace(setting.pearl, seed=workload.seed), "return_dict_in_generate": True}
-    torch.manual_seed(workload.seed)
-    with (
-        _threads(setting.num_threads),
-        _assistant(workload.draft, setting.assistant),
-        _counted(workload.target, setting.pearl is None) as forwards,
-    ):
-        _synchronize(prompt.device)
-        started = time.perf_counter()
-        output = workload.target.generate(**arguments)
-        _synchronize(prompt.device)
-        seconds = time.perf_counter() - started
-    stats = None if setting.pearl is None else output.pearl
-    sequence = output if setting.pearl is None else output.sequences
-    token_ids = tuple(sequence[0, prompt.shape[1] :].tolist())
-    return Completion(token_ids, seconds, forwards[0] if stats is None else stats.target_forwards, stats)
+def _ours(config: PearlConfig, *draft_lengths: int | str) -> tuple[Setting, ...]:
+    return tuple(Setting(replace(config, draft_length=length), True) for length in draft_lengths)  # type: ignore[arg-type]
 
 
-@contextmanager
-def _threads(num_threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+DYNAMIC = Setting(uses_draft=True)  # transformers' default: up to 20 tokens while the draft is confident enough
+HEURISTIC = Setting(
+    uses_draft=True,
+    assistant={
+        "num_assistant_tokens": 5,
+        "num_assistant_tokens_schedule": "heuristic_transient",
+        "assistant_confidence_threshold": 0.0,
+    },
+)
+GENERATE = Method("generate", "transformers' `generate`", (Setting(),))
+ENGINE = Method("engine", "our engine without a draft", (Setting(COLD),))
+PEARL = Method("pearl", "PEARL's default: no barrier, a tree of guesses, all lengths automatic", _ours(COLD, "auto"))
 
+DEMO = (
+    GENERATE,
+    Method("assisted", "transformers' assisted generation", (DYNAMIC, *_constant((3, 5, 8)))),
+    ENGINE,
+    Method("speculative", "ordinary speculative decoding on our engine", _ours(SEQUENTIAL, "auto", 2, 3, 4, 6)),
+    PEARL,
+)
 
-@contextmanager
-def _assistant(draft: PreTrainedModel, fields: Mapping[str, Any]) -> Iterator[None]:
-    """Give the draft's generation config `fields`; assisted generation may write to it, so that it is put back."""
-    before = draft.generation_config
-    draft.generation_config = copy.deepcopy(before)
-    for name, value in fields.items():
-        setattr(draft.generation_config, name, value)
-    try:
-        yield
-    finally:
-        draft.generation_config = before
-
-
-@contextmanager
-def _counted(model: PreTrainedModel, wanted: bool) -> Iterator[list[int]]:
-    """Count a model's forwards, in a list of one number (a hook costs microseconds)."""
-    count = [0]
-
-    def add(*_: object) -> None:
-        count[0] += 1
-
-    handle = model.register_forward_pre_hook(add) if wanted else None
-    try:
-        yield count
-    finally:
-        if handle is not None:
-            handle.remove()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+BENCH = (
+    GENERATE,
+    Method("assisted, constant", "transformers' assisted generation, best fixed length", _constant((3, 5, 8))),
+    Method("assisted, dynamic", "the same, its length following the draft's confidence", (DYNAMIC, HEURISTIC)),
+    Method(
+        "prompt lookup",
+        "transformers' n-gram lookup in place of a draft",
+        tuple(Setting(arguments={"prompt_lookup_num_tokens": length}) for length in (3, 10)),
+    ),
+    ENGINE,
+    Method(
+        "speculative", "ordinary speculative decoding on our engine, best fixed length", _ours(SEQUENTIAL, 2, 3, 4, 6)
+    ),
+    *(
+        Method(f"lockstep {length}", f"the paper's schedule: a barrier after {length} draft steps", _ours(COLD, length))
+        for length in (4, 8, 16)
+    ),
+    PEARL,
+    Method("pearl, one line", "the default without the tree", _ours(OneLine(prefix_cache=False), "auto")),
+    Method("pearl, in turns", "the default without overlap", _ours(SEQUENTIAL, "auto")),
+    Method(
+        "pearl, in a thread",
+        "the default without a process of the draft's own",
+        _ours(replace(COLD, execution="threads"), "auto"),
+    ),
+    Method(
+        "pearl, warm cache",
+        "the default with its prefix cache, on prompts it has seen",
+        _ours(PearlConfig(), "auto"),
+    ),
+)

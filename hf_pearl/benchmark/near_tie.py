@@ -34,6 +34,7 @@ def is_near_tie(
     got: Sequence[int],
     temperature: float = 0.0,
     call_seed: int = 0,
+    row: int = 0,
 ) -> bool:
     """Whether two outputs part at two tokens that the target finds equally good, as far as its rounding can tell.
 
@@ -46,6 +47,8 @@ def is_near_tie(
         `(1, prompt length)`, without padding.
     expected, got : sequence of int
         The tokens after the prompt.
+    row : int
+        Of the prompt in its batch, each of which has noise of its own.
     """
     place = first_difference(expected, got)
     if place is None or place >= min(len(expected), len(got)):
@@ -56,7 +59,7 @@ def is_near_tie(
     change = max(float((first - other).abs().max()) for other in others)
     scores = first[-1]
     if temperature:
-        scores = scores + gumbel_noise(request_seed(call_seed, 0), ids.shape[1], 1, scores.shape[0], scores.device)[0]
+        scores = scores + gumbel_noise(request_seed(call_seed, row), ids.shape[1], 1, scores.shape[0], scores.device)[0]
     return abs(float(scores[expected[place]] - scores[got[place]])) <= 2 * change
 
 

@@ -6,7 +6,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import Completion, Setting
+from .completion import Completion
+from .methods import Method, Setting
 
 TOTALS = (
     "target_seconds",
@@ -25,15 +26,18 @@ class MethodResult:
 
     Attributes
     ----------
+    setting : Setting or None
+        The best one; None where it could not run.
     runs : tuple of tuple of Completion
-        `runs[i][j]` is its completion of prompt `j` in run `i`.
+        `runs[i][j]` is call `j` of run `i`.
     error : str or None
-        Why there is none.
+        Why there are none, or what is wrong with them; then there is no speed to report.
     num_first_differences, num_near_ties : int
-        How many of its completions part from the reference's, and how many of these do so at a near-tie.
+        How many of its texts part from the reference's, and how many of these do so at a near-tie.
     """
 
-    setting: Setting
+    method: Method
+    setting: Setting | None = None
     runs: tuple[tuple[Completion, ...], ...] = ()
     error: str | None = None
     num_first_differences: int = 0
@@ -42,7 +46,7 @@ class MethodResult:
     @property
     def name(self) -> str:
         """The method's."""
-        return self.setting.method
+        return self.method.name
 
     @property
     def completions(self) -> list[Completion]:
@@ -52,17 +56,17 @@ class MethodResult:
     @property
     def rates(self) -> list[float]:
         """Tokens per second of every run."""
-        return [sum(len(each.token_ids) for each in run) / sum(each.seconds for each in run) for run in self.runs]
+        return [sum(each.num_tokens for each in run) / sum(each.seconds for each in run) for run in self.runs]
 
     @property
     def tokens_per_second(self) -> float | None:
         """The median over the runs."""
-        return statistics.median(self.rates) if self.runs else None
+        return statistics.median(self.rates) if self.error is None else None
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all completions."""
-        return sum(len(each.token_ids) for each in self.completions)
+        return sum(each.num_tokens for each in self.completions)
 
     @property
     def num_target_forwards(self) -> int:
@@ -76,12 +80,12 @@ class MethodResult:
 
     @property
     def mean_accepted_tokens(self) -> float | None:
-        """Accepted draft tokens and the target's own, per target forward (without prefill, where we know which)."""
+        """Accepted draft tokens and the target's own, per row and target forward (where known, without prefill)."""
         if not self.runs:
             return None
         if self.total("decode_windows"):
             return self.total("decode_tokens") / self.total("decode_windows")
-        return self.num_tokens / self.num_target_forwards
+        return self.num_tokens / sum(each.num_target_forwards * len(each.rows) for each in self.completions)
 
     @property
     def overlap(self) -> float | None:
@@ -101,8 +105,12 @@ class MethodResult:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, for a JSON file; seconds and counts are totals of all runs."""
-        shown: dict[str, Any] = {"name": self.name, "tokens_per_second": self.tokens_per_second}
-        if self.error is not None:
+        shown: dict[str, Any] = {
+            "name": self.name,
+            "summary": self.method.summary,
+            "tokens_per_second": self.tokens_per_second,
+        }
+        if self.error is not None or self.setting is None:
             return {**shown, "error": self.error}
         shown |= {
             "runs": self.rates,

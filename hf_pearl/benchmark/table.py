@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .measurement import Measurement
-from .methods import METHODS, OURS
+from .measurement import Measurement, reference_name
 from .results import MethodResult
 
 # Headings, of two lines each.
@@ -14,12 +13,12 @@ COLUMNS = (
     ("target forwards", "per token"),
     ("", "overlap"),
 )
-SHOWN_FIELDS = ("draft_length", "num_assistant_tokens")
+SHOWN_FIELDS = ("draft_length", "num_assistant_tokens", "prompt_lookup_num_tokens")
 
 
 def table(measurement: Measurement) -> str:
     """All methods, a line each."""
-    name_width = max(map(len, METHODS))
+    name_width = max(len(result.name) for result in measurement.results)
     widths = [max(map(len, heading)) for heading in COLUMNS]
     lines = []
     for line in (0, 1):
@@ -47,8 +46,8 @@ def _cells(result: MethodResult, plain: float | None) -> list[str]:
 
 
 def _setting(result: MethodResult) -> str:
-    if result.error is not None:
-        return "not supported"
+    if result.error is not None or result.setting is None:
+        return f"({result.error})"
     described = result.setting.describe()
     num_threads = described.pop("num_threads")
     parts = [f"{num_threads} thread{'s' if num_threads > 1 else ''}"]
@@ -58,19 +57,19 @@ def _setting(result: MethodResult) -> str:
 def notes(measurement: Measurement) -> list[str]:
     """What the table does not say."""
     workload, pearl = measurement.workload, measurement.result("pearl")
-    reference = "engine" if workload.temperature else "generate"
-    compared = [result for result in measurement.results if result.name in OURS and result.name != reference]
-    names = " and ".join(result.name for result in compared)
-    num_completions = sum(len(result.completions) for result in compared)
-    seconds = sum(each.seconds for each in pearl.completions)
+    reference, compared = reference_name(workload), measurement.compared
+    names = " and ".join(result.name for result in compared) if len(compared) < 5 else f"{len(compared)} methods"
+    num_texts = sum(len(each.rows) for result in compared for each in result.completions)
     num_parted, num_near_ties = measurement.num_first_differences, measurement.num_near_ties
-    said = [f"same output: all {num_completions} completions of {names} are those of {reference}."]
+    said = [f"same output: all {num_texts} completions of {names} are those of {reference}."]
     if num_parted:
-        parting = f"{num_parted} of {num_completions} completions of {names} part from those of {reference}"
+        parting = f"{num_parted} of {num_texts} completions of {names} part from those of {reference}"
         said = [f"{parting}, {num_near_ties} of them where the target finds both tokens equally good (rounding)."]
     if num_parted > num_near_ties:
         said.append("A difference that is not of rounding is a bug: please report it.")
+    if workload.temperature:
+        said.append("transformers' methods draw other noise: their texts are others.")
+    seconds = sum(each.seconds for each in pearl.completions)
     target, draft = (pearl.total(name) / seconds for name in ("target_seconds", "draft_seconds"))
     said.append(f"pearl: the target computed {target:.0%} of the time, the draft {draft:.0%} ({pearl.execution}).")
-    said += [f"{result.name}: {result.error}" for result in measurement.results if result.error is not None]
     return said

@@ -1,0 +1,63 @@
+"""Write the tables of saved measurements into documents: `python -m hf_pearl.benchmark.fill_in README.md docs/*.md`.
+
+Tables stand between a mark and `<!-- end -->`. Of measurements of `bench`, of which there may be many, the marks are
+
+- `<!-- speed-ups: docs/results/bench-*.json -->`: one table of all speed-ups,
+- `<!-- main speed-ups: docs/results/bench-*.json -->`: the same without PEARL's variants,
+- `<!-- tables: docs/results/bench-*.json -->`: a table of each, under a heading of its own,
+
+and of any other `<!-- table: docs/results/demo.json -->`. Paths are relative to the working folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from .cache_table import cache_table
+from .grid_tables import summary_table, titled_tables
+from .markdown import markdown_table
+
+MARKED = re.compile(r"(<!-- (main speed-ups|speed-ups|tables|table): (\S+) -->)\n.*?\n(<!-- end -->)", re.DOTALL)
+
+
+def filled_in(text: str, root: Path) -> str:
+    """A document with the tables that are saved below `root` now."""
+
+    def fill(mark: re.Match[str]) -> str:
+        return f"{mark[1]}\n\n{saved_tables(root, mark[2], mark[3])}\n\n{mark[4]}"
+
+    return MARKED.sub(fill, text)
+
+
+def saved_tables(root: Path, kind: str, pattern: str) -> str:
+    """What stands behind a mark of this kind.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such measurement.
+    """
+    files = [json.loads(file.read_text("utf-8")) for file in sorted(root.glob(pattern))]
+    if not files:
+        raise FileNotFoundError(f"no saved measurement is called {pattern} in {root.resolve()}")
+    if kind == "tables":
+        return titled_tables(files)
+    if kind == "table":
+        return cache_table(files[0]) if "decode_steps" in files[0] else markdown_table(files[0])
+    return summary_table(files, is_main=kind == "main speed-ups")
+
+
+def main(paths: list[str]) -> None:
+    """Fill in the documents that have changed."""
+    for path in map(Path, paths):
+        text = path.read_text("utf-8")
+        filled = filled_in(text, Path())
+        if filled != text:
+            path.write_text(filled, "utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,52 @@
+"""A measurement under a progress bar, and all that a saved one says."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..pair import PACKAGED
+from .completion import Workload
+from .machine import describe_machine, describe_versions
+from .measurement import Measurement, measure, num_calls
+from .methods import Method
+
+
+def measure_with_progress(workload: Workload, methods: Sequence[Method], num_runs: int) -> Measurement:
+    """Measure, under a progress bar (seldom renewed where it goes into a log)."""
+    total, interval = num_calls(workload, methods, num_runs), 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(total=total, unit="call", desc="measuring", leave=False, mininterval=interval) as bar:
+
+        def advance(method: str) -> None:
+            bar.set_postfix_str(method, refresh=False)
+            bar.update()
+
+        return measure(workload, methods, num_runs, advance)
+
+
+def figures(measurement: Measurement) -> dict[str, Any]:
+    """All figures, and what they were made with, for a JSON file."""
+    workload = measurement.workload
+    return {
+        **measurement.as_dict(),
+        "models": {"target": _name(workload.target), "draft": _name(workload.draft)},
+        "command": " ".join(["python -m hf_pearl", *sys.argv[1:]]),
+        "machine": describe_machine(workload.target.device),
+        "versions": describe_versions(),
+    }
+
+
+def describe_model(model: PreTrainedModel) -> str:
+    """A model in one line."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{model.num_parameters() / 1e6:.1f}M parameters, {num_layers} layers, {dtype} on {model.device}"
+
+
+def _name(model: PreTrainedModel) -> str:
+    """A model's name or folder; the embedded pair's folder without what lies above the package."""
+    return str(model.name_or_path).removeprefix(f"{PACKAGED.parents[1]}/")
