@@ -16,7 +16,7 @@ STAMP := .stamp-installed
 FAST := -m "not slow and not cuda"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest format pair
+.PHONY: help demo bench test test-all test-oldest format pair
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -24,6 +24,12 @@ help: ## this list
 
 demo: $(VENV)/$(STAMP) ## stream a completion, then measure five ways of decoding it
 	$(VENV)/bin/python -m hf_pearl demo $(ARGS)
+
+bench: $(VENV)/$(STAMP) ## measure everything anew (25 minutes), and write the tables into README and docs
+	$(VENV)/bin/python -m hf_pearl demo --json docs/results/demo.json
+	$(VENV)/bin/python -m hf_pearl bench --suite cache --steps 30 --json docs/results/cache.json
+	$(VENV)/bin/python -m hf_pearl bench --batch-size 1 4 --temperature 0 0.7 --target-cost 1 3 --max-new-tokens 80 --json-folder docs/results
+	$(VENV)/bin/python -m hf_pearl.benchmark.fill_in README.md docs/*.md
 
 test: $(VENV)/$(STAMP) ## lint, types, and the tests of every change
 	$(VENV)/bin/ruff check .

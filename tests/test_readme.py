@@ -1,35 +1,42 @@
-"""The README's figures are those of the files that they were measured into."""
+"""The documents' figures are those of the files that they were measured into."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from hf_pearl.benchmark.cache_table import cache_table
-from hf_pearl.benchmark.markdown import markdown_table
+from hf_pearl.benchmark import BENCH
+from hf_pearl.benchmark.fill_in import MARKED, filled_in
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results"
-
-
-def as_markdown(saved: dict[str, Any]) -> str:
-    return cache_table(saved) if "decode_steps" in saved else markdown_table(saved)
+RESULTS = sorted((ROOT / "docs" / "results").glob("*.json"))
+DOCUMENTS = {file: file.read_text("utf-8") for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 
 
 def test_the_tables_are_those_of_the_saved_measurements() -> None:
-    """Every saved measurement is shown, and every shown table was measured."""
-    text = "".join(file.read_text("utf-8") for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
-    saved = {file: json.loads(file.read_text("utf-8")) for file in sorted(RESULTS.glob("*.json"))}
-    for file, figures in saved.items():
-        assert f"docs/results/{file.name}" in text
-        assert as_markdown(figures) in text, file
-    assert text.count("| generate |") == sum("methods" in figures for figures in saved.values()) > 0
+    """`python -m hf_pearl.benchmark.fill_in README.md docs/*.md` has nothing to do."""
+    for file, text in DOCUMENTS.items():
+        assert filled_in(text, ROOT) == text, file
+
+
+def test_every_saved_measurement_is_shown_and_every_shown_table_was_measured() -> None:
+    marks = [mark for text in DOCUMENTS.values() for mark in MARKED.finditer(text)]
+    shown = {file for mark in marks if mark[2].startswith("table") for file in ROOT.glob(mark[3])}
+    assert shown == set(RESULTS)
+    for file, text in DOCUMENTS.items():
+        unmarked = MARKED.sub("", text)
+        assert "<!-- end -->" not in unmarked, f"{file}: a table whose mark is not understood"
+        assert "| tokens/s |" not in unmarked and "| generate | 1" not in unmarked, file
+
+
+def test_every_measured_method_is_explained() -> None:
+    text = DOCUMENTS[ROOT / "docs" / "benchmarks.md"]
+    assert all(f"| {method.name} | {method.summary} |" in text for method in BENCH)
 
 
 def test_saved_measurements_say_what_they_were_measured_on() -> None:
     """Command, versions, machine, runs; and outputs that were compared."""
-    for file in RESULTS.glob("*.json"):
+    for file in RESULTS:
         result = json.loads(file.read_text("utf-8"))
         assert result["command"].startswith("python -m hf_pearl ")
         assert {"python", "torch", "transformers", "hf-pearl"} <= result["versions"].keys()
