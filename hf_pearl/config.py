@@ -10,7 +10,17 @@ import torch
 
 from .decoding.drafting import MAX_WIDTH
 
-_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS = {
+    "": 1,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
 MAX_SALT = 1024
 _EXECUTIONS = ("auto", "inline", "threads", "processes")
 
@@ -114,11 +124,14 @@ class PearlConfig:
 def parse_bytes(value: int | str) -> int:
     """Bytes from an int or from a string such as "512MiB" or "2GB"."""
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", value.lower())
+        match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([kmgt]i?b)?\s*", value.lower(), re.ASCII)
         if match is None:
-            raise ValueError(f'`cache_memory` must be "auto", bytes, or a size such as "512MiB", got {value!r}.')
+            raise ValueError(
+                f'`cache_memory` must be "auto", a number of bytes, or a size such as "512MiB" in KiB, MiB, GiB, TiB, '
+                f"KB, MB, GB or TB, got {value!r}."
+            )
         value = int(float(match[1]) * _UNITS[match[2] or ""])
-    _check_int("cache_memory", value, 1, 2**62, 'bytes, a size such as "512MiB", or "auto"')
+    _check_int("cache_memory", value, 1, 2**62, 'of bytes, a size such as "512MiB", or "auto"')
     return value
 
 

@@ -110,7 +110,7 @@ class PearlEngine:
                 self._draft(target_lane, draft, requests, rules, config, stats, cores) as runner,
             ):
                 verifier = Verifier(requests, rules, target_lane.device)
-                schedule = self._schedule(runner, cores, config, rules.do_sample)
+                schedule = self._schedule(runner, cores, config, requests)
                 loop = DecodingLoop(target_lane, requests, verifier, schedule, runner, stats)
                 loop.run()
                 if runner is not None:
@@ -227,7 +227,9 @@ class PearlEngine:
                 )
             )
 
-    def _schedule(self, runner: Runner | None, cores: SharedCores, config: PearlConfig, is_sampled: bool) -> NoDraft:
+    def _schedule(
+        self, runner: Runner | None, cores: SharedCores, config: PearlConfig, requests: Sequence[Request]
+    ) -> NoDraft:
         if runner is None:
             return NoDraft()
         if config.draft_length != "auto":
@@ -236,8 +238,10 @@ class PearlEngine:
         drafting = FreeRunning(runner, self.forward_times, self.acceptance, config.overlap, lookup_chances)
         if config.execution != "auto":  # Whoever says how the draft runs wants it to run.
             return drafting
-        num_left = cores.num_left
-        return WhilePays(drafting, runner, self.benefits[is_sampled], lambda leaves: cores.leave(leaves * num_left))
+        num_left, is_sampled = cores.num_left, requests[0].seed is not None
+        return WhilePays(
+            requests, drafting, runner, self.benefits[is_sampled], lambda leaves: cores.leave(leaves * num_left)
+        )
 
     def _warn_if_it_does_not_pay(self) -> None:
         """Say once that decoding goes on without the draft."""

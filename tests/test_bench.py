@@ -25,6 +25,8 @@ from hf_pearl.benchmark.grid_tables import summary_table, workload_table
 from hf_pearl.benchmark.measurement import WARM_UP, measure, num_calls
 from hf_pearl.benchmark.methods import COLD, OneLine, Setting
 from hf_pearl.decoding.noise import request_seed
+from hf_pearl.parallel.records import BeginCall, Message
+from hf_pearl.parallel.worker_process import WorkerProcess
 from hf_pearl.registry import engines_of
 
 END_ID = 7
@@ -220,17 +222,21 @@ def test_methods_take_turns_and_learn_apart(pair: tuple[PreTrainedModel, PreTrai
     assert num_engines[-1] == num_engines[0] + 2
 
 
-def test_one_line_reaches_the_process_of_the_draft(pair: tuple[PreTrainedModel, PreTrainedModel]) -> None:
-    """It computes one guess in a step, the default's tree several."""
-    workload = Workload(*pair, prompts_of((12,)), max_new_tokens=100, temperature=1.0)
-    per_step = {}
+def test_one_line_reaches_the_process_of_the_draft(
+    pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[BeginCall] = []
+    put = WorkerProcess.put
+
+    def record(process: WorkerProcess, message: Message) -> int:
+        begun.extend([message] if isinstance(message, BeginCall) else [])
+        return put(process, message)
+
+    monkeypatch.setattr(WorkerProcess, "put", record)
+    workload = Workload(*pair, prompts_of((12,)), max_new_tokens=4)
     for config in (OneLine(execution="processes"), PearlConfig(execution="processes")):
-        setting = Setting(config, uses_draft=True)
-        measurement.warm_up(workload, setting)
-        stats = complete(workload, setting, workload.batches[0]).stats
-        assert stats is not None and stats.execution == "processes"
-        per_step[type(config)] = stats.drafted_tokens / stats.draft_steps
-    assert per_step[OneLine] <= 1.0 < per_step[PearlConfig]
+        complete(workload, Setting(config, uses_draft=True), workload.batches[0])
+    assert [begin.options.max_width for begin in begun] == [1, PearlConfig.max_draft_width]
 
 
 @pytest.mark.parametrize(

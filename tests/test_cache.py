@@ -555,7 +555,7 @@ def test_what_lies_behind_a_short_row_changes_nothing(poison: float, monkeypatch
     assert num_by_row == (not abs(poison) < torch.inf)
 
 
-@pytest.mark.parametrize("block_size", [0, 3, -2])
+@pytest.mark.parametrize("block_size", [0, 3, -2, True])
 def test_a_block_size_that_is_no_power_of_two_is_refused(block_size: int) -> None:
     with pytest.raises(ValueError, match="power of two"):
         new_cache(8, block_size=block_size)

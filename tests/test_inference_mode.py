@@ -127,13 +127,26 @@ def compile_in_place(model: PreTrainedModel) -> None:
     model.model.norm.compile(backend="eager")
 
 
+def compute_weight(model: PreTrainedModel) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+
+
 def rename_family(model: PreTrainedModel) -> None:
     model.config.model_type = "of_my_own"
 
 
 @pytest.mark.parametrize(
     "change",
-    [replace_forward, replace_weight, replace_module, register_hook, dispatch, compile_in_place, rename_family],
+    [
+        replace_forward,
+        replace_weight,
+        replace_module,
+        register_hook,
+        dispatch,
+        compile_in_place,
+        compute_weight,
+        rename_family,
+    ],
 )
 def test_models_that_may_keep_or_show_what_they_compute_run_as_in_generate(
     change: Callable[[PreTrainedModel], None],

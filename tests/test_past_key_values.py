@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from models import ARCHITECTURES, enabled_for_tiny_models, left_padded, tiny_model
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
-from hf_pearl import PagedPrefixCache, PearlOutOfBlocksError
+from hf_pearl import PagedPrefixCache, PearlOutOfBlocksError, PearlUnsupportedModelError
 from hf_pearl.cache import batch as batch_of_rows
 from hf_pearl.cache.paged_layer import EvenRows
 
@@ -192,6 +192,38 @@ def test_another_batch_size_is_refused() -> None:
     cache.update(torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 3, 4), 0)
     with pytest.raises(ValueError, match=r"holds 2 rows, got .* 3.*reset"):
         cache.update(torch.zeros(3, 2, 1, 4), torch.zeros(3, 2, 1, 4), 0)
+
+
+def test_a_cache_for_another_model_is_refused() -> None:
+    cache = new_cache(tiny_model("llama", 1))
+    with pytest.raises(ValueError, match=r"made for a model of 2 layers, got layer 2"):
+        cache.update(torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 3, 4), 2)
+
+
+@pytest.mark.parametrize("rows", [[5, 0], [-1, 0]])
+def test_rows_that_are_not_there_are_refused(rows: list[int]) -> None:
+    cache = new_cache(tiny_model("llama", 1))
+    for layer_index in range(2):
+        cache.update(torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 3, 4), layer_index)
+    with pytest.raises(IndexError, match=r"holds 2 rows, counted from 0; got the row (5|-1)"):
+        cache.reorder_cache(torch.tensor(rows))
+    cache.batch_select_indices(torch.tensor([], dtype=torch.long))
+    assert (cache.batch_size, cache.get_seq_length(), cache.pool.num_referenced) == (-1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "what"),
+    [
+        ("qwen3_next", "'linear_attention'"),
+        ("jamba", "'linear_attention'"),
+        ("recurrent_gemma", "'linear_attention'"),
+        ("mamba", "no attention layers"),
+        ("rwkv", "no attention layers"),
+    ],
+)
+def test_a_model_with_other_state_is_refused_by_name(model_type: str, what: str) -> None:
+    with pytest.raises(PearlUnsupportedModelError, match=f"'{model_type}' has .*{what}.*past_key_values"):
+        PagedPrefixCache(AutoConfig.for_model(model_type))
 
 
 def test_a_full_cache_leaves_the_rows_as_they_were() -> None:

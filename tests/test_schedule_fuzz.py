@@ -294,7 +294,7 @@ def decode_interleaved(pair: Pair, case: Case, chance: random.Random) -> tuple[l
             draft.send(Admission(*admission))
         target_lane.draft = draft
         verifier = Verifier(requests, rules, target_lane.device)
-        schedule = draw_schedule(draft, chance)
+        schedule = draw_schedule(requests, draft, chance)
         DecodingLoop(target_lane, requests, verifier, schedule, draft, stats, draw_clock(chance)).run()
         draft.finish()
     report = drafter.report()
@@ -302,7 +302,7 @@ def decode_interleaved(pair: Pair, case: Case, chance: random.Random) -> tuple[l
     return [request.generated for request in requests], stats
 
 
-def draw_schedule(draft: ArbitraryDraft, chance: random.Random) -> NoDraft:
+def draw_schedule(requests: Sequence[Request], draft: ArbitraryDraft, chance: random.Random) -> NoDraft:
     """One of the three schedules, perhaps in the middle of what it has learnt."""
     overlap = chance.random() < 0.7
     if chance.random() < 0.4:
@@ -313,7 +313,9 @@ def draw_schedule(draft: ArbitraryDraft, chance: random.Random) -> NoDraft:
     free_running = FreeRunning(draft, forward_times, acceptance, overlap, chance.choice((None, LookupChances())))
     if chance.random() < 0.5:
         return free_running
-    return WhilePays(free_running, draft, RestlessBenefits(chance), lambda is_leaving: None, draw_clock(chance))
+    return WhilePays(
+        requests, free_running, draft, RestlessBenefits(chance), lambda is_leaving: None, draw_clock(chance)
+    )
 
 
 class RestlessBenefits(Benefits):

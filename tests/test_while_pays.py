@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from models import enabled_for_tiny_models, make_draft, random_prompts, tiny_model
+from models import enabled_for_tiny_models, make_draft, noisy_copy, random_prompts, tiny_model
+from transformers import LogitsProcessorList
 from transformers.utils import logging
 
 import hf_pearl
 from hf_pearl import PearlConfig
+from hf_pearl.decoding import loop
 from hf_pearl.decoding.benefit import EXPIRY, MIN_PATIENCE, NUM_PLAIN, NUM_TRIAL, RECENT, Benefit, Benefits
+from hf_pearl.decoding.messages import Verdict
 from hf_pearl.decoding.recorded import TracedGuess
-from hf_pearl.decoding.simulation import Costs, simulate_run
+from hf_pearl.decoding.simulation import Costs, VirtualDraft, simulate_run
 from hf_pearl.registry import engine_for
 
 STEP, FORWARD = 1.0, 8.0
@@ -100,6 +104,35 @@ def test_a_draft_that_pays_is_at_work(chance: float, contention: float, num_rows
     run = simulate_run(traces, costs(contention), benefits=Benefits())
     assert run.seconds < 1.03 * free.seconds
     assert run.stats.undrafted_forwards < 0.05 * run.stats.target_forwards
+
+
+def test_rows_that_wait_for_each_other_count_as_rows() -> None:
+    """A user's processor sees slabs of equal length: rows that are ahead do not take part in every forward."""
+    target = tiny_model("llama", seed=0)
+    draft = noisy_copy(target, 0.05, seed=1)
+    prompts = random_prompts(random.Random(0), 4, [5, 9])
+    processors = LogitsProcessorList([lambda input_ids, scores: scores])
+    target.generate(**prompts, max_new_tokens=60, assistant_model=draft, pearl=True, logits_processor=processors)
+    benefits = engine_for(target, draft).benefits[False]
+    assert set(benefits._by_rows) == {(4).bit_length()}
+    hf_pearl.release(target)
+
+
+def test_a_long_rest_is_told_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "MAX_TOKENS_PER_VERDICT", 3)
+    benefits = Benefits()
+    told = []
+    deliver = VirtualDraft.send
+
+    def send(draft: VirtualDraft, message: Any) -> None:
+        told.extend(message.token_ids if isinstance(message, Verdict) else ())
+        assert not isinstance(message, Verdict) or len(message.token_ids) <= 3
+        deliver(draft, message)
+
+    monkeypatch.setattr(VirtualDraft, "send", send)
+    text = [TracedGuess(True, 0.9, token_id=place) for place in range(60)]
+    simulate_run([text], costs(1.0), benefits=benefits)
+    assert told == list(range(60))
 
 
 @pytest.fixture

@@ -105,10 +105,15 @@ class BatchOfRows(Cache, ABC):
         Raises
         ------
         ValueError
-            Another number of rows than before.
+            Another number of rows than before, or of layers than the model's.
         PearlOutOfBlocksError
             Not enough memory; the rows are then as they were.
         """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"the cache was made for a model of {len(self.layers)} layers, got layer {layer_idx} of another one; "
+                "make it with that model's config."
+            )
         layer, batch = self.layers[layer_idx], key_states.shape[0]
         start, end = layer.num_tokens, layer.num_tokens + key_states.shape[2]
         if not self.batch_rows:
@@ -190,12 +195,17 @@ class BatchOfRows(Cache, ABC):
 
     def _select(self, chosen: Sequence[int]) -> None:
         """Have the rows `chosen`, some perhaps several times, in this order."""
+        wrong = [row for row in chosen if not 0 <= row < len(self.batch_rows)]
+        if wrong:
+            raise IndexError(f"the cache holds {len(self.batch_rows)} rows, counted from 0; got the row {wrong[0]}.")
         if list(chosen) == list(range(len(self.batch_rows))):
             return
         old, self.batch_rows = self.batch_rows, [self.fork(self.batch_rows[row]) for row in chosen]
         for row in old:
             self.free(row)
         self._row_slots = None
+        if not self.batch_rows:
+            self._set_length(0)
 
     def _set_length(self, length: int) -> None:
         for row in self.batch_rows:

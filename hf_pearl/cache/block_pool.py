@@ -147,5 +147,6 @@ class BlockPool:
         return PearlOutOfBlocksError(
             f"the paged cache is full: {num_needed} more block(s) needed, {self.num_free} free, "
             f"{self.num_cached} cached, {self.num_referenced} in use of at most {self.max_blocks}. Raise "
-            f"`PearlConfig(cache_memory=...)`, or generate fewer or shorter sequences at a time."
+            f"`PearlConfig(cache_memory=...)` (`max_blocks` of a cache of your own), "
+            f"or generate fewer or shorter sequences at a time."
         )

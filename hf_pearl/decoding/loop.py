@@ -18,6 +18,7 @@ from .stats import Interval, PearlStats
 from .verification import Verifier
 
 MAX_TOKENS_PER_FORWARD = 4096
+MAX_TOKENS_PER_VERDICT = 4096
 
 
 class VerdictSink(Protocol):
@@ -164,6 +165,8 @@ class DecodingLoop:
     @staticmethod
     def _tell(draft: VerdictSink, request: Request) -> None:
         """Send all that is verified and that the draft has not heard of: while it rested, it heard nothing."""
-        request.num_verdicts += 1
-        draft.send(Verdict(request.request_id, request.num_verdicts, tuple(request.verified[request.num_told :])))
-        request.num_told = len(request.verified)
+        while request.num_told < len(request.verified):
+            new = tuple(request.verified[request.num_told :][:MAX_TOKENS_PER_VERDICT])
+            request.num_verdicts += 1
+            request.num_told += len(new)
+            draft.send(Verdict(request.request_id, request.num_verdicts, new))

@@ -196,11 +196,14 @@ def simulate_run(
         drafter = TimedDrafter(costs, lane, proposer, Calibration(), free_running=free_running, max_width=max_width)
         draft = VirtualDraft(drafter, costs, clock, free_running)
     lookup_chances = LookupChances() if overlap and has_tokens(traces) else None
-    schedule = _schedule(draft, draft_length, overlap, clock, benefits, lookup_chances)
-    return _run(traces, RecordedLane(traces, advance_target), draft, clock, schedule)
+    longest = max(len(trace) for trace in traces)
+    requests = [Request(row, 1, (), longest + 1, [row]) for row in range(len(traces))]
+    schedule = _schedule(requests, draft, draft_length, overlap, clock, benefits, lookup_chances)
+    return _run(requests, RecordedLane(traces, advance_target), draft, clock, schedule)
 
 
 def _schedule(
+    requests: Sequence[Request],
     draft: VirtualDraft | None,
     draft_length: int | str | None,
     overlap: bool,
@@ -213,23 +216,24 @@ def _schedule(
     if isinstance(draft_length, int):
         return Lockstep(draft, draft_length, overlap)
     drafting = FreeRunning(draft, ForwardTimes(), Acceptance(), overlap, lookup_chances)
-    return drafting if benefits is None else WhilePays(drafting, draft, benefits, lambda is_leaving: None, clock)
+    if benefits is None:
+        return drafting
+    return WhilePays(requests, drafting, draft, benefits, lambda is_leaving: None, clock)
 
 
 def _run(
-    traces: Sequence[Sequence[TracedGuess]],
+    requests: Sequence[Request],
     target: RecordedLane,
     draft: VirtualDraft | None,
     clock: VirtualClock,
     schedule: NoDraft,
 ) -> SimulatedRun:
-    longest = max(len(trace) for trace in traces)
-    criteria = StoppingCriteriaList([MaxLengthCriteria(longest + 1)])
-    rules = Rules(LogitsProcessorList(), criteria, do_sample=False, max_length=longest + 1)
-    requests = [Request(row, 1, (), longest + 1, [row]) for row in range(len(traces))]
+    max_length = requests[0].max_length
+    criteria = StoppingCriteriaList([MaxLengthCriteria(max_length)])
+    rules = Rules(LogitsProcessorList(), criteria, do_sample=False, max_length=max_length)
     for request in requests:
         if draft is not None:
-            draft.send(Admission(request.request_id, tuple(request.verified), longest + 1, 0, None))
+            draft.send(Admission(request.request_id, tuple(request.verified), max_length, 0, None))
     stats = PearlStats()
     verifier = Verifier(requests, rules, torch.device("cpu"))
     DecodingLoop(target, requests, verifier, schedule, draft, stats, clock).run()

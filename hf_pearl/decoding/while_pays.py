@@ -9,12 +9,16 @@ from .benefit import Benefit, Benefits
 from .request import Request
 from .schedule import DraftRunner, FreeRunning, NoDraft
 
+PATIENCE = 64  # forwards after which a draft counts although nothing was heard of it: it may have failed
+
 
 class WhilePays(NoDraft):
     """Lets the draft rest until it is ready, while decoding without it is measured, and where that is faster.
 
     Parameters
     ----------
+    call : sequence of Request
+        All requests of the call.
     drafting : FreeRunning
         The schedule where it is not.
     draft : DraftRunner
@@ -29,12 +33,14 @@ class WhilePays(NoDraft):
 
     def __init__(
         self,
+        call: Sequence[Request],
         drafting: FreeRunning,
         draft: DraftRunner,
         benefits: Benefits,
         leave_cores: Callable[[bool], None],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self._call = call
         self._drafting = drafting
         self._draft = draft
         self._benefits = benefits
@@ -43,6 +49,7 @@ class WhilePays(NoDraft):
         self._benefit = Benefit()
         self._num_rows = 0
         self._has_caught_up = False
+        self._num_drafting = 0
         self._waits_for: dict[int, int] = {}  # request -> tokens that the draft must know before it counts
         self._began = 0.0
         self._is_first = True
@@ -50,18 +57,19 @@ class WhilePays(NoDraft):
     def before_forward(self, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
         """The draft tokens of every request that the coming forward verifies; those looked up while the draft rests."""
         self._began = self._clock()
-        self._num_rows = max(1, len(requests))
+        self._num_rows = max(1, sum(not request.finished for request in self._call))  # Some may be ahead and wait.
         self._benefit = self._benefits.of(self._num_rows)
         self._rest(requests, not (self._benefit.drafts and self._draft.is_ready))
         if self.is_resting:
             return self._drafting.without_draft(requests, self._benefits.plain_times)
-        self._has_caught_up = self._has_caught_up or all(self._knows(request) for request in requests)
+        self._num_drafting += 1
+        self._has_caught_up = self._num_drafting > PATIENCE or any(self._knows(request) for request in requests)
         return self._drafting.before_forward(requests)
 
     def _rest(self, requests: Sequence[Request], is_resting: bool) -> None:
         if is_resting == self.is_resting and not self._is_first:
             return
-        self.is_resting, self._has_caught_up, self._is_first = is_resting, False, False
+        self.is_resting, self._has_caught_up, self._is_first, self._num_drafting = is_resting, False, False, 0
         self._waits_for = {request.request_id: len(request.verified) for request in requests}
         self._draft.rest(is_resting)
         self._leave_cores(not is_resting)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 from ..cache.support import TESTED_FAMILIES
@@ -19,8 +20,8 @@ def may_use_inference_mode(model: PreTrainedModel) -> bool:
     """Whether nothing that is computed in a forward of `model` is kept in it or shown to anybody.
 
     Known to be so for the families of docs/models.md, made of torch's and transformers' own modules with plain weights
-    (quantised ones may be converted in the first forward), without hooks, and with no forward replaced (accelerate,
-    torch.compile).
+    (quantised ones may be converted in the first forward), without hooks when a call begins, and with no forward
+    replaced (accelerate, torch.compile) or weight computed (torch.nn.utils.parametrize, which may keep it).
     """
     return (
         model.config.get_text_config().model_type in TESTED_FAMILIES
@@ -32,7 +33,7 @@ def may_use_inference_mode(model: PreTrainedModel) -> bool:
 def _is_plain(module: torch.nn.Module) -> bool:
     is_known = type(module).__module__.partition(".")[0] in _KNOWN_PACKAGES
     is_watched = module._forward_hooks or module._forward_pre_hooks
-    is_replaced = "forward" in vars(module) or module._compiled_call_impl is not None
+    is_replaced = "forward" in vars(module) or module._compiled_call_impl is not None or is_parametrized(module)
     parameters = (parameter for parameter in module._parameters.values() if parameter is not None)
     has_plain_weights = all(type(parameter) is torch.nn.Parameter for parameter in parameters)
     return is_known and has_plain_weights and not is_watched and not is_replaced
