@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -136,9 +137,10 @@ class Optimizer:
     """Muon for the hidden matrices, AdamW for embeddings and norms, one learning-rate factor for both."""
 
     def __init__(self, model: PreTrainedModel, lr: float = 3e-3) -> None:
-        hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        hidden = [p for n, p in trained.items() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
         ids = {id(p) for p in hidden}
-        rest = [p for p in model.parameters() if id(p) not in ids]
+        rest = [p for p in trained.values() if id(p) not in ids]
         self.lr = lr
         self.parts = [
             torch.optim.Muon(hidden, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
@@ -266,36 +268,25 @@ def sample_texts(teacher: PreTrainedModel, prompts: torch.Tensor, num_tokens: in
     return rows.cpu()
 
 
-def distill(
-    teacher: PreTrainedModel,
+def train_draft(
     draft: PreTrainedModel,
-    next_samples: Callable[[], torch.Tensor],
-    stream: torch.Tensor,
+    next_loss: Callable[[float], torch.Tensor],
     args: argparse.Namespace,
+    pool: list[torch.Tensor],
+    learning_rate: float = 3e-3,
 ) -> PreTrainedModel:
-    """Minimise the KL divergence to the teacher's distributions, on the corpus and on the teacher's own samples."""
+    """Minimise `next_loss(share of the time used)`; a checkpoint, with `pool` in it, every two minutes."""
     checkpoint = args.output / "draft.ckpt"
-    optimizer = Optimizer(draft)
-    used, pool, last_save, last_sample = 0.0, [], time.monotonic(), -1.0
+    optimizer = Optimizer(draft, learning_rate)
+    used, average, step, last_save = 0.0, math.nan, 0, time.monotonic()
     if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=False)
         draft.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        used, pool = saved["minutes"], saved["pool"]
-    average, step = math.nan, 0
+        used = saved["minutes"]
+        pool.extend(saved["pool"])
     for progress, bar in clocked(args.draft_minutes, used, "draft"):
-        if progress - last_sample > 0.03 and progress < 0.9:
-            pool.append(next_samples())
-            last_sample = progress
-        own = pool[torch.randint(len(pool), ()).item()] if step % 4 else None
-        batch = windows(stream, 8, 256) if own is None else own[torch.randint(len(own), (8,))]
-        batch = batch.to(teacher.device)
-        with torch.no_grad(), torch.autocast(args.device, torch.bfloat16):
-            expected = F.log_softmax(teacher(batch, use_cache=False).logits.float(), dim=-1)
-        with torch.autocast(args.device, torch.bfloat16):
-            logits = draft(batch, use_cache=False).logits
-        logits = F.log_softmax(logits.float(), dim=-1)
-        loss = F.kl_div(logits.flatten(0, 1), expected.flatten(0, 1), log_target=True, reduction="batchmean")
+        loss = next_loss(progress)
         loss.backward()
         optimizer.step(learning_rate_factor(progress))
         average = loss.item() if math.isnan(average) else 0.99 * average + 0.01 * loss.item()
@@ -307,6 +298,35 @@ def distill(
             state = {"model": draft.state_dict(), "optimizer": optimizer.state_dict(), "pool": pool}
             save_atomically({**state, "minutes": progress * args.draft_minutes}, checkpoint)
     return draft
+
+
+def distill(
+    teacher: PreTrainedModel,
+    draft: PreTrainedModel,
+    next_samples: Callable[[], torch.Tensor],
+    stream: torch.Tensor,
+    args: argparse.Namespace,
+) -> PreTrainedModel:
+    """Minimise the KL divergence to the teacher's distributions, on the corpus and on the teacher's own samples."""
+    pool: list[torch.Tensor] = []
+    turn, last_sample = itertools.count(), -1.0
+
+    def next_loss(progress: float) -> torch.Tensor:
+        nonlocal last_sample
+        if progress - last_sample > 0.03 and progress < 0.9:
+            pool.append(next_samples())
+            last_sample = progress
+        own = pool[torch.randint(len(pool), ()).item()] if next(turn) % 4 else None
+        batch = windows(stream, 8, 256) if own is None else own[torch.randint(len(own), (8,))]
+        batch = batch.to(teacher.device)
+        with torch.no_grad(), torch.autocast(args.device, torch.bfloat16):
+            expected = F.log_softmax(teacher(batch, use_cache=False).logits.float(), dim=-1)
+        with torch.autocast(args.device, torch.bfloat16):
+            logits = draft(batch, use_cache=False).logits
+        logits = F.log_softmax(logits.float(), dim=-1)
+        return F.kl_div(logits.flatten(0, 1), expected.flatten(0, 1), log_target=True, reduction="batchmean")
+
+    return train_draft(draft, next_loss, args, pool)
 
 
 def draft_from(teacher: PreTrainedModel, num_layers: int) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from .outputs import PearlGenerateOutput
 from .pair import load_demo_pair
 from .registry import clear_cache, release
 from .simulate import SimulatedTimes, record_traces, simulate
+from .smollm2 import load_smollm2_pair
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "disable",
     "enable",
     "load_demo_pair",
+    "load_smollm2_pair",
     "record_traces",
     "release",
     "simulate",

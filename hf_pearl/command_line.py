@@ -15,10 +15,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmark import Workload
 from .pair import PACKAGED, PROMPTS, default_device, demo_pair_folder, load_model
+from .smollm2 import QUESTIONS, as_chat, load_smollm2_pair
 
 Pair = tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+EMBEDDED, SMOLLM2 = PAIRS = ("embedded", "smollm2")
 
 
 class UsageError(ValueError):
@@ -28,6 +30,9 @@ class UsageError(ValueError):
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
     """Which models, and where."""
     group = add_model_options(parser)
+    group.add_argument(
+        "--pair", choices=PAIRS, default=EMBEDDED, help=f"{SMOLLM2}: a chat model; fetched once, 93 MB, in bfloat16"
+    )
     group.add_argument("--draft", metavar="MODEL", help="name or folder of the draft (default: the embedded one)")
 
 
@@ -125,6 +130,8 @@ def load_pair(args: argparse.Namespace) -> Pair:
     UsageError
         A model, a device or a pair that cannot be used.
     """
+    if args.pair == SMOLLM2:
+        return _load_smollm2(args)
     if args.target is not None and args.draft is None:
         raise UsageError("--target needs --draft: the embedded draft knows the embedded target's vocabulary only")
     device = _device(args.device)
@@ -136,6 +143,13 @@ def load_pair(args: argparse.Namespace) -> Pair:
         draft = load_model(draft_name, device, args.dtype)
     _check_vocabulary(tokenizer, draft_name)
     return target, draft, tokenizer
+
+
+def _load_smollm2(args: argparse.Namespace) -> Pair:
+    if args.target is not None or args.draft is not None:
+        raise UsageError(f"--pair {SMOLLM2}: names both models; leave out --target and --draft")
+    with _reporting(f"--pair {SMOLLM2}"):
+        return load_smollm2_pair(_device(args.device), args.dtype)
 
 
 def load_target(args: argparse.Namespace) -> tuple[PreTrainedModel, str]:
@@ -151,8 +165,8 @@ def load_target(args: argparse.Namespace) -> tuple[PreTrainedModel, str]:
         return load_model(name, device, args.dtype), str(name).removeprefix(f"{PACKAGED.parents[1]}/")
 
 
-def load_prompts(args: argparse.Namespace) -> list[str]:
-    """The texts to continue: `--prompt`, or those of `--prompts`, or code that the embedded pair was not trained on.
+def load_prompts(args: argparse.Namespace, own: Path = PROMPTS) -> list[str]:
+    """The texts to continue: `--prompt`, or those of `--prompts`, or those in `own`, which no draft was trained on.
 
     Raises
     ------
@@ -161,8 +175,8 @@ def load_prompts(args: argparse.Namespace) -> list[str]:
     """
     if args.prompt is not None:
         return [args.prompt]
-    prompts = read_prompts(PROMPTS if args.prompts is None else args.prompts)
-    if args.prompts is None:
+    prompts = read_prompts(own if args.prompts is None else args.prompts)
+    if args.prompts is None and own == PROMPTS:
         prompts = [prompt for prompt in prompts if "def " in prompt]
     num_prompts = min(args.num_prompts, len(prompts))
     return [prompts[index * len(prompts) // num_prompts] for index in range(num_prompts)]
@@ -207,7 +221,11 @@ def make_prompts(args: argparse.Namespace, pair: Pair) -> tuple[torch.Tensor, ..
         A prompt that is empty or, with what is to follow, too long for one of the models.
     """
     target, draft, tokenizer = pair
-    prompts = tuple(tokenizer(text, return_tensors="pt").input_ids.to(target.device) for text in load_prompts(args))
+    texts = load_prompts(args, QUESTIONS if args.pair == SMOLLM2 else PROMPTS)
+    if args.pair == SMOLLM2:
+        prompts = tuple(as_chat(tokenizer, text).to(target.device) for text in texts)
+    else:
+        prompts = tuple(tokenizer(text, return_tensors="pt").input_ids.to(target.device) for text in texts)
     lengths = [prompt.shape[1] for prompt in prompts]
     if not min(lengths):
         raise UsageError("--prompt: the tokenizer makes no token of it")
@@ -260,7 +278,7 @@ def _reporting(option: str) -> Iterator[None]:
     """Say which option it was that could not be followed."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise UsageError(f"{option}: {_first_line(error)}") from error
 
 
