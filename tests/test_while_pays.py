@@ -15,7 +15,16 @@ from transformers.utils import logging
 import hf_pearl
 from hf_pearl import PearlConfig
 from hf_pearl.decoding import loop
-from hf_pearl.decoding.benefit import EXPIRY, MIN_PATIENCE, NUM_PLAIN, NUM_TRIAL, RECENT, Benefit, Benefits
+from hf_pearl.decoding.benefit import (
+    EXPIRY,
+    MIN_PATIENCE,
+    NUM_FIRST,
+    NUM_PLAIN,
+    NUM_TRIAL,
+    RECENT,
+    Benefit,
+    Benefits,
+)
 from hf_pearl.decoding.messages import Verdict
 from hf_pearl.decoding.recorded import TracedGuess
 from hf_pearl.decoding.simulation import Costs, VirtualDraft, simulate_run
@@ -63,6 +72,11 @@ def test_a_draft_that_does_not_pay_rests_ever_longer() -> None:
     later = phases[10_000:]
     assert later.count("draft") * 0.2 < 0.003 * len(later)
     assert later.count("draft") > 0, "it is never tried again"
+
+
+def test_a_draft_that_is_far_behind_gets_a_short_trial() -> None:
+    phases = record(Benefit(), 100, plain=1.0, drafted=2.0)
+    assert phases == ["measure"] * NUM_PLAIN + ["draft"] * NUM_FIRST + ["rest"] * (100 - NUM_PLAIN - NUM_FIRST)
 
 
 def test_a_change_of_the_draft_is_noticed_both_ways() -> None:

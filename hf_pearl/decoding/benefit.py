@@ -14,6 +14,7 @@ from .policy import ForwardTimes
 
 NUM_PLAIN = 6  # cycles without a draft that are measured before it may begin, and when that was long ago
 NUM_TRIAL = 24  # cycles with it after which it must have paid, and between two looks at that
+NUM_FIRST, FAR_BEHIND = 8, 0.8  # cycles after which a trial ends that is so far behind
 MIN_GAIN = 1.01  # times as fast, or it rests: telling it of verdicts takes time outside the cycles
 RECENT = 128  # cycles for which a measurement without a draft is taken for what it would be now
 EXPIRY = 2048  # cycles after which it is made again, whatever it was: contexts grow
@@ -68,11 +69,16 @@ class Benefit:
             self._plain.append((num_tokens, seconds))
             self._age = 0
         self._left -= 1
-        if self._left <= 0:
+        if self._left <= 0 or self._is_far_behind:
             self._decide()
 
+    @property
+    def _is_far_behind(self) -> bool:
+        return len(self._drafted) == NUM_FIRST and self.drafts and self.drafted_rate < FAR_BEHIND * self.plain_rate
+
     def _decide(self) -> None:
-        is_slower = len(self._drafted) >= NUM_TRIAL and self.drafted_rate < MIN_GAIN * self.plain_rate
+        is_measured = len(self._drafted) >= NUM_TRIAL or self._is_far_behind
+        is_slower = is_measured and self.drafted_rate < MIN_GAIN * self.plain_rate
         if self.phase == "rest":
             self._drafted.clear()
             self._enter("draft", NUM_TRIAL)
