@@ -27,7 +27,9 @@ _EXECUTIONS = ("auto", "inline", "threads", "processes")
 
 @dataclass(frozen=True)
 class PearlConfig:
-    """Settings of PEARL decoding. None of them changes a token of the output, except `seed` and `cache_dtype`.
+    """Settings of PEARL decoding.
+
+    None of them changes a token of the output, except `seed`, `cache_dtype`, and `verification` of sampled calls.
 
     Parameters
     ----------
@@ -42,7 +44,12 @@ class PearlConfig:
     overlap : bool
         Draft while the target verifies. False is ordinary (sequential) speculative decoding, for comparison.
     verification : {"coupled", "rejection"}
-        "coupled": draft and target sample with shared noise, and a draft token stands iff it is the target's own.
+        Of sampled calls; greedy ones know no difference. "coupled": draft and target sample with shared noise, and a
+        draft token stands iff it is the target's own. "rejection": standard rejection sampling (Leviathan et al. 2023,
+        arXiv 2211.17192), where more draft tokens stand, and corrections are harder to foresee. Both follow the
+        target's distribution exactly. Coupled, a seed gives the same tokens with any draft and schedule; with
+        rejection they depend on the draft, on every other setting, and on the other rows of a batch. It needs an int
+        `draft_length`: nothing that was drawn may be left out for its value, so that "auto" and its tree are excluded.
     cache_memory : int, str or "auto"
         Bytes (or "512MiB") that the caches of both lanes may take together.
     cache_dtype : {"auto", "float8_e4m3fn"}
@@ -58,9 +65,7 @@ class PearlConfig:
     Raises
     ------
     ValueError, TypeError
-        A setting that is out of range or of the wrong type.
-    NotImplementedError
-        `verification="rejection"`.
+        A setting that is out of range, of the wrong type, or that contradicts another.
     """
 
     draft_length: int | Literal["auto"] = "auto"
@@ -86,10 +91,11 @@ class PearlConfig:
             raise ValueError(
                 f"`cache_salt` must be a string of at most {MAX_SALT} characters, got {self.cache_salt!r}."
             )
-        if self.verification == "rejection":
-            raise NotImplementedError(
-                '`verification="rejection"` is not available yet. Leave out `verification`: the default, "coupled", '
-                "samples exactly from the target's distribution too."
+        if self.verification == "rejection" and self.draft_length == "auto":
+            raise ValueError(
+                '`draft_length` must be an int with `verification="rejection"`, got "auto", which follows how likely a '
+                "draft token is: what was drawn may not be left out for its value. Set it to 4, for instance, or leave "
+                'out `verification`: the default, "coupled", samples exactly from the target\'s distribution, too.'
             )
         for name in ("overlap", "prefix_cache"):
             if not isinstance(getattr(self, name), bool):

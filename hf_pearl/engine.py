@@ -16,33 +16,28 @@ from .cache import PagedPrefixCache
 from .cache.sizing import CacheNeeds, num_blocks_for
 from .cache.support import check_supported
 from .config import PearlConfig
-from .decoding.benefit import Benefits
 from .decoding.calibration import Calibration
-from .decoding.drafting import Drafter
-from .decoding.lookup import LookupChances
+from .decoding.draft_distributions import LocalDistributions
+from .decoding.drafting import MAX_LINE, Drafter
 from .decoding.loop import DecodingLoop
 from .decoding.messages import Admission
 from .decoding.noise import NoiseSource, request_seed
-from .decoding.policy import Acceptance, ForwardTimes
 from .decoding.processors import draft_processors
 from .decoding.proposal import Proposer
+from .decoding.rejection import RejectionSampler
 from .decoding.request import Request
 from .decoding.rules import Rules
-from .decoding.schedule import FreeRunning, Lockstep, NoDraft
 from .decoding.stats import PearlStats, overlap
 from .decoding.verification import Verifier
-from .decoding.while_pays import WhilePays
 from .fingerprint import fingerprint
+from .learnt import Learnt, Runner
 from .parallel.cores import SharedCores, leaving_cores
 from .parallel.draft_workers import DraftWorkers, Execution
 from .parallel.inline import InlineDraft
 from .parallel.lane import ModelLane, output_vocab_size
 from .parallel.memory import cache_share
 from .parallel.probe import check_computed
-from .parallel.processes import ProcessDraft
 from .parallel.threads import ThreadDraft
-
-Runner = InlineDraft | ThreadDraft | ProcessDraft
 
 logger = logging.get_logger(__name__)
 
@@ -65,12 +60,7 @@ class PearlEngine:
         self.lock = threading.RLock()
         self.caches: dict[str, PagedPrefixCache] = {}
         self.workers = DraftWorkers()  # They end with the engine, also when it is garbage.
-        self.calibration = Calibration()
-        self.forward_times = ForwardTimes()
-        self.acceptance = Acceptance()
-        self.lookup_chances = LookupChances()
-        self.benefits = {is_sampled: Benefits() for is_sampled in (False, True)}
-        self._has_warned = False
+        self.learnt = Learnt()
         self._fingerprints: dict[str, object] = {}
         self._shares: dict[tuple[torch.device, int], int] = {}
 
@@ -109,13 +99,15 @@ class PearlEngine:
                 leaving_cores() as cores,
                 self._draft(target_lane, draft, requests, rules, config, stats, cores) as runner,
             ):
-                verifier = Verifier(requests, rules, target_lane.device)
-                schedule = self._schedule(runner, cores, config, requests)
+                rejects = rules.do_sample and config.verification == "rejection"
+                sampler = RejectionSampler(requests, target_lane.device) if rejects else None
+                verifier = Verifier(requests, rules, target_lane.device, sampler)
+                schedule = self.learnt.schedule(runner, cores, config, requests)
                 loop = DecodingLoop(target_lane, requests, verifier, schedule, runner, stats)
                 loop.run()
                 if runner is not None:
                     self._report(runner, loop, stats)
-                    self._warn_if_it_does_not_pay()
+                    self.learnt.warn_if_the_draft_rests()
             stats.evicted_blocks = cache.statistics.evicted_blocks - num_evicted
             stats.cached_blocks = cache.pool.num_cached
             stats.target_seconds = sum(end - start for start, end in loop.intervals)
@@ -207,10 +199,13 @@ class PearlEngine:
         if execution == "processes" and self.workers.worker is not None:
             return self.workers.worker.call(vocab_size, processors, pad_token_id, free_running, config)
         lane = ModelLane(draft, self.caches["draft"], config.prefix_cache, config.cache_salt)
-        proposer = Proposer(vocab_size, processors, pad_token_id)
+        distributions = LocalDistributions(MAX_LINE) if config.verification == "rejection" else None
+        proposer = Proposer(vocab_size, processors, pad_token_id, distributions)
+        # How often guesses stand that were drawn apart says nothing of those that share the target's noise.
+        calibration = self.learnt.calibration if distributions is None else Calibration()
         # Lanes that take turns have no time for guesses beside the likeliest line.
         max_width = 1 if execution == "inline" else config.max_draft_width
-        drafter = Drafter(lane, proposer, self.calibration, free_running=free_running, max_width=max_width)
+        drafter = Drafter(lane, proposer, calibration, free_running=free_running, max_width=max_width)
         return InlineDraft(drafter, lane) if execution == "inline" else ThreadDraft(drafter, lane, free_running)
 
     @staticmethod
@@ -225,34 +220,6 @@ class PearlEngine:
                     request.num_padding,
                     request.seed,
                 )
-            )
-
-    def _schedule(
-        self, runner: Runner | None, cores: SharedCores, config: PearlConfig, requests: Sequence[Request]
-    ) -> NoDraft:
-        if runner is None:
-            return NoDraft()
-        if config.draft_length != "auto":
-            return Lockstep(runner, config.draft_length, config.overlap)
-        lookup_chances = self.lookup_chances if config.overlap else None  # Without it is the ordinary kind.
-        drafting = FreeRunning(runner, self.forward_times, self.acceptance, config.overlap, lookup_chances)
-        if config.execution != "auto":  # Whoever says how the draft runs wants it to run.
-            return drafting
-        num_left, is_sampled = cores.num_left, requests[0].seed is not None
-        return WhilePays(
-            requests, drafting, runner, self.benefits[is_sampled], lambda leaves: cores.leave(leaves * num_left)
-        )
-
-    def _warn_if_it_does_not_pay(self) -> None:
-        """Say once that decoding goes on without the draft."""
-        useless = [each for benefits in self.benefits.values() for each in benefits.all if each.phase == "rest"]
-        if useless and not self._has_warned:
-            self._has_warned = True
-            drafted, plain = useless[0].drafted_rate, useless[0].plain_rate
-            logger.warning(
-                f"`assistant_model` does not make this model faster here: {drafted:.0f} tokens per second and row with "
-                f"it, {plain:.0f} without. Decoding goes on without it, and tries it again from time to time. A "
-                f'smaller or better matching draft may help; an `execution` that is not "auto" keeps it at work.'
             )
 
     @staticmethod
@@ -294,5 +261,5 @@ class PearlEngine:
                 self.caches[name] = PagedPrefixCache(model.config, num_blocks, eight_bit=made_for[2], device=device)
             elif now != self._fingerprints.get(name):
                 cache.reset_pools()
-                self.benefits = {is_sampled: Benefits() for is_sampled in (False, True)}
+                self.learnt.forget_benefits()
             self._fingerprints[name] = now

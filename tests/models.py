@@ -72,16 +72,21 @@ def own_random_state(seed: int) -> Iterator[None]:
 
 
 class WarningsAreErrors(logging.Handler):
-    """A lane that failed costs no token of the answer, only a warning: to a test of answers it would not show."""
+    """A lane that failed costs no token of the answer, only a warning: to a test of answers it would not show.
+
+    That a draft does not pay is no failure: tiny ones need as long as their targets.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.expected: list[str] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.expected is None:
-            raise AssertionError(record.getMessage())
-        self.expected.append(record.getMessage())
+        message = record.getMessage()
+        if self.expected is not None:
+            self.expected.append(message)
+        elif not message.startswith("`assistant_model` does not make this model faster"):
+            raise AssertionError(message)
 
 
 _warnings = WarningsAreErrors()

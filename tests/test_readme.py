@@ -38,7 +38,7 @@ def test_saved_measurements_say_what_they_were_measured_on() -> None:
     """Command, versions, machine, runs; and outputs that were compared."""
     for file in RESULTS:
         result = json.loads(file.read_text("utf-8"))
-        assert result["command"].startswith("python -m hf_pearl ")
+        assert result["command"].startswith(("python -m hf_pearl ", "python -m hf_pearl.benchmark."))
         assert {"python", "torch", "transformers", "hf-pearl"} <= result["versions"].keys()
         assert result["machine"]["num_cores"] >= 1
         assert result.get("num_runs", result.get("num_steps")) >= 3

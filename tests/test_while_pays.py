@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import enabled_for_tiny_models, make_draft, noisy_copy, random_prompts, tiny_model
+from models import enabled_for_tiny_models, expected_warnings, make_draft, noisy_copy, random_prompts, tiny_model
 from transformers import LogitsProcessorList
-from transformers.utils import logging
 
 import hf_pearl
 from hf_pearl import PearlConfig
@@ -127,7 +126,7 @@ def test_rows_that_wait_for_each_other_count_as_rows() -> None:
     prompts = random_prompts(random.Random(0), 4, [5, 9])
     processors = LogitsProcessorList([lambda input_ids, scores: scores])
     target.generate(**prompts, max_new_tokens=60, assistant_model=draft, pearl=True, logits_processor=processors)
-    benefits = engine_for(target, draft).benefits[False]
+    benefits = engine_for(target, draft).learnt.benefits[False]
     assert set(benefits._by_rows) == {(4).bit_length()}
     hf_pearl.release(target)
 
@@ -149,30 +148,22 @@ def test_a_long_rest_is_told_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == list(range(60))
 
 
-@pytest.fixture
-def warnings() -> Iterator[list[str]]:
-    seen: list[str] = []
-    logger = logging.get_logger("hf_pearl.engine")
-    logger.addFilter(keep := lambda entry: seen.append(entry.getMessage()) is not None)
-    yield seen
-    logger.removeFilter(keep)
-
-
-def test_generate_says_once_that_it_goes_on_without_the_draft(warnings: list[str]) -> None:
+def test_generate_says_once_that_it_goes_on_without_the_draft() -> None:
     """Whatever the clock says of tiny models: the engine's own measurement is replaced by one that is lost."""
     target = tiny_model("llama", seed=0)
     draft = make_draft(target, "unrelated", seed=1)
     prompt = random_prompts(random.Random(0), 1, [8])
     expected = target.generate(**prompt, max_new_tokens=40)
     engine = engine_for(target, draft)
-    record(engine.benefits[False].of(1), 200, plain=1.0, drafted=2.0)
-    for _ in range(2):
-        output = target.generate(
-            **prompt, max_new_tokens=40, assistant_model=draft, pearl=True, return_dict_in_generate=True
-        )
-        assert torch.equal(output.sequences, expected)
-        assert output.pearl.undrafted_forwards == output.pearl.target_forwards
-        assert output.pearl.draft_steps == 0
+    record(engine.learnt.benefits[False].of(1), 200, plain=1.0, drafted=2.0)
+    with expected_warnings() as warnings:
+        for _ in range(2):
+            output = target.generate(
+                **prompt, max_new_tokens=40, assistant_model=draft, pearl=True, return_dict_in_generate=True
+            )
+            assert torch.equal(output.sequences, expected)
+            assert output.pearl.undrafted_forwards == output.pearl.target_forwards
+            assert output.pearl.draft_steps == 0
     assert len([text for text in warnings if "`assistant_model` does not make this model faster" in text]) == 1
     forced = PearlConfig(execution="inline", seed=0)
     output = target.generate(
@@ -182,5 +173,5 @@ def test_generate_says_once_that_it_goes_on_without_the_draft(warnings: list[str
     with torch.no_grad():
         next(draft.parameters()).mul_(1.01)  # Another draft: what was known of the old one does not count.
     target.generate(**prompt, max_new_tokens=2, assistant_model=draft, pearl=True)
-    assert engine.benefits[False].of(1).phase != "rest"
+    assert engine.learnt.benefits[False].of(1).phase != "rest"
     hf_pearl.release(target)

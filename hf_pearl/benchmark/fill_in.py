@@ -15,10 +15,12 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from .cache_table import cache_table
 from .grid_tables import summary_table, titled_tables
 from .markdown import markdown_table
+from .sampling_table import sampling_table
 
 MARKED = re.compile(r"(<!-- (main speed-ups|speed-ups|tables|table): (\S+) -->)\n.*?\n(<!-- end -->)", re.DOTALL)
 
@@ -46,8 +48,14 @@ def saved_tables(root: Path, kind: str, pattern: str) -> str:
     if kind == "tables":
         return titled_tables(files)
     if kind == "table":
-        return cache_table(files[0]) if "decode_steps" in files[0] else markdown_table(files[0])
+        return _table(files[0])
     return summary_table(files, is_main=kind == "main speed-ups")
+
+
+def _table(saved: dict[str, Any]) -> str:
+    if "decode_steps" in saved:
+        return cache_table(saved)
+    return sampling_table(saved) if "temperatures" in saved else markdown_table(saved)
 
 
 def main(paths: list[str]) -> None:

@@ -124,9 +124,9 @@ class DecodingLoop:
         for window, guess in zip(launch.windows, launch.guesses, strict=True):
             if window.num_logits:
                 request = self.scheduler.resident[window.request_id]
-                request.queue(logits[row : row + window.num_logits], guess)
+                self.schedule.queue(request, logits[row : row + window.num_logits], guess)
                 for follower in self.scheduler.fork_followers(request):
-                    follower.queue(logits[row : row + 1], ())
+                    self.schedule.queue(follower, logits[row : row + 1], ())
                 row += window.num_logits
 
     def _count(self, launch: Launch, verdicts: dict[int, tuple[int, ...]], seconds: float) -> None:

@@ -17,6 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+# What a request draws independently of each other at one position: the noise that draft and target share; and, where a
+# draft token is accepted or rejected, the draft's token, the test, and what replaces a token that fails it.
+SHARED_STREAM, DRAFT_STREAM, ACCEPT_STREAM, RESIDUAL_STREAM = range(4)
+
 Words = TypeVar("Words", npt.NDArray[np.int64], torch.Tensor)
 Key = tuple[int, int]
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from transformers import LogitsProcessorList
 
+from .draft_distributions import DraftDistributions
 from .messages import Admission, Removal
-from .noise import NoiseSource
+from .noise import DRAFT_STREAM, SHARED_STREAM, NoiseSource
 from .processors import is_of_scores
 
 
@@ -46,12 +47,22 @@ class Proposer:
         Shape the guesses as the target's processors shape its choices; none may keep state.
     pad_token_id : int
         Stands for the padding in the rows that processors see.
+    distributions : DraftDistributions or None
+        For rejection sampling: takes what every sampled guess was drawn from, with noise of the draft's own.
     """
 
-    def __init__(self, vocab_size: int, processors: LogitsProcessorList, pad_token_id: int = 0) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        processors: LogitsProcessorList,
+        pad_token_id: int = 0,
+        distributions: DraftDistributions | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
         self.processors = processors
         self.pad_token_id = pad_token_id
+        self.distributions = distributions
+        self._stream = SHARED_STREAM if distributions is None else DRAFT_STREAM
         self._needs_ids = not all(is_of_scores(processor) for processor in processors)
         self._admissions: dict[int, Admission] = {}
         self._noise: dict[int, NoiseSource] = {}
@@ -64,6 +75,8 @@ class Proposer:
         """End a request."""
         self._admissions.pop(message.request_id)
         self._noise.pop(message.request_id, None)
+        if self.distributions is not None:
+            self.distributions.drop(message.request_id)
 
     def propose(self, logits: torch.Tensor, prefixes: Sequence[Prefix], num_guesses: int = 1) -> list[list[Guess]]:
         """The likeliest guesses per row of `logits` `(N, draft vocabulary)`; the first is the draft's own token."""
@@ -73,6 +86,8 @@ class Proposer:
             chosen = noisy.argmax(dim=-1, keepdim=True)
         else:
             chosen = noisy.topk(min(num_guesses, self.vocab_size), dim=-1).indices
+        if self.distributions is not None and self._samples(prefixes):
+            self._keep(scores, prefixes, chosen[:, 0].tolist(), self.distributions)
         first = chosen[:, :1]
         confidence = (scores.gather(1, first) - scores.logsumexp(dim=-1, keepdim=True)).exp()
         if num_guesses > 1:
@@ -83,6 +98,14 @@ class Proposer:
             [Guess(*guess) for guess in zip(tokens, sure, strict=True)]
             for tokens, sure in zip(chosen.tolist(), confidence.tolist(), strict=True)
         ]
+
+    @staticmethod
+    def _keep(
+        scores: torch.Tensor, prefixes: Sequence[Prefix], drawn: list[int], distributions: DraftDistributions
+    ) -> None:
+        q = scores.softmax(dim=-1).nan_to_num(0.0)  # NaN where the processors exclude every token
+        for prefix, token_id, row in zip(prefixes, drawn, q, strict=True):
+            distributions.put(prefix.request_id, prefix.length, token_id, row)
 
     def _fit(self, logits: torch.Tensor) -> torch.Tensor:
         logits = logits[:, : self.vocab_size].float()
@@ -109,6 +132,6 @@ class Proposer:
                 seed = self._admissions[request_id].seed
                 if seed is None:
                     raise ValueError(f"request {request_id} is greedy among sampled ones")
-                self._noise[request_id] = NoiseSource(seed, self.vocab_size, device)
+                self._noise[request_id] = NoiseSource(seed, self.vocab_size, device, self._stream)
             rows.append(self._noise[request_id].rows(length, 1))
         return torch.cat(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,12 +15,13 @@ from .noise import NoiseSource
 class PendingChoice(NamedTuple):
     """The target's raw logits `(vocab_size,)` for a position, and the draft token that was put there (None: none).
 
-    `place` counts the positions of the window from 0.
+    `place` counts the positions of the window from 0; `q` is what the draft token was drawn from, where that matters.
     """
 
     logits: torch.Tensor
     guess: int | None
     place: int
+    q: torch.Tensor | None = None
 
 
 class JudgedGuess(NamedTuple):
@@ -98,11 +100,15 @@ class Request:
         """Draft tokens that may be verified at most: the target's own last choice needs a place too."""
         return max(0, self.max_length - len(self.verified) - 1)
 
-    def queue(self, logits: torch.Tensor, guesses: tuple[int, ...]) -> None:
-        """Take the logits `(1 + len(guesses), vocab_size)` of a window: each row waits for its turn."""
+    def queue(self, logits: torch.Tensor, guesses: tuple[int, ...], distributions: Sequence[torch.Tensor] = ()) -> None:
+        """Take the logits `(num_rows, vocab_size)` of a window: each row waits for its turn, with its guess.
+
+        The last rows may have none. `distributions`, if given, are what the guesses were drawn from.
+        """
         for row in range(logits.shape[0]):
             guess = guesses[row] if row < len(guesses) else None
-            self.pending.append(PendingChoice(logits[row], guess, row))
+            q = distributions[row] if row < len(distributions) else None
+            self.pending.append(PendingChoice(logits[row], guess, row, q))
 
     def take(self, token_id: int) -> None:
         """One more verified token; the logits behind a guess that does not stand are dropped."""

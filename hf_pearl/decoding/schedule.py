@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
+
 from .lines import Guesses, Lines, usable
 from .lookup import LookupChances
 from .messages import TokenTree
@@ -69,6 +71,10 @@ class NoDraft:
     def before_forward(self, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
         """No draft tokens."""
         return {}
+
+    def queue(self, request: Request, logits: torch.Tensor, guesses: tuple[int, ...]) -> None:
+        """Hand over a window's logits `(num_rows, vocab_size)` and its draft tokens, to be judged."""
+        request.queue(logits, guesses)
 
     def after_forward(self) -> None:
         """Nothing to do."""

@@ -1,9 +1,9 @@
-"""Which draft tokens stand: token equality with the target's own choices, one position after the other.
+"""Which draft tokens stand, one position after the other: token equality with the target's own choices.
 
 The target's choice is `argmax(scores + G)` with the position's fixed Gumbel noise `G` (no noise when greedy), which is
 a sample from the target's distribution (Gumbel-max); a draft token stands iff it equals that choice (drafter-invariant
 speculative decoding, Daliri, Musco and Suresh 2024, arXiv 2408.07978). The output is therefore a function of target,
-processors, prompt and seed alone.
+processors, prompt and seed alone. With `sampler`, another rule chooses the tokens of sampled requests.
 
 Shapes: `N` positions, `V` vocabulary, `R` rows of a slab, `t` tokens of a row, padding included.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .rejection import RejectionSampler
 from .request import Request
 from .rules import Rules
 
@@ -29,15 +30,22 @@ class Verifier:
     row has reached it (`advances_together`); rows that are ahead wait with their logits.
     """
 
-    def __init__(self, requests: Sequence[Request], rules: Rules, device: torch.device) -> None:
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        rules: Rules,
+        device: torch.device,
+        sampler: RejectionSampler | None = None,
+    ) -> None:
         self.requests = requests
         self.rules = rules
+        self._sampler = sampler
         self._eos_token_ids = rules.eos_token_ids
         self.advances_together = not rules.is_of_row
         self._at_once = rules.is_of_scores and rules.is_of_row
         if not self._at_once:
             groups = [[request] for request in requests] if rules.is_of_row else [list(requests)]
-            self._slabs = [Slab(group, rules, device) for group in groups]
+            self._slabs = [Slab(group, rules, device, sampler) for group in groups]
 
     @property
     def finished(self) -> bool:
@@ -64,10 +72,14 @@ class Verifier:
             return
         logits = torch.stack([choice.logits for request in waiting for choice in request.pending]).float()
         scores = self.rules.processors(None, logits)  # (N, V)
-        noise = None
-        if self.rules.do_sample:
-            noise = torch.cat([_noise(request, len(request.pending)) for request in waiting])
-        tokens, row = choose(scores, noise), 0
+        if self._sampler is not None:
+            tokens = choose_by(self._sampler, scores, [(request, len(request.pending)) for request in waiting])
+        else:
+            noise = None
+            if self.rules.do_sample:
+                noise = torch.cat([_noise(request, len(request.pending)) for request in waiting])
+            tokens = choose(scores, noise)
+        row = 0
         for request in waiting:
             first, num_waiting = row, len(request.pending)
             while request.pending and not request.finished:
@@ -85,9 +97,12 @@ class Verifier:
 class Slab:
     """Rows that advance together, one position at a time."""
 
-    def __init__(self, requests: list[Request], rules: Rules, device: torch.device) -> None:
+    def __init__(
+        self, requests: list[Request], rules: Rules, device: torch.device, sampler: RejectionSampler | None = None
+    ) -> None:
         self.requests = requests
         self.rules = rules
+        self._sampler = sampler
         self._pads = rules.pads_finished_rows
         longest = max(request.num_padding + len(request.verified) for request in requests)
         self._fill = fill = 0 if rules.pad_token_id is None else rules.pad_token_id
@@ -113,13 +128,19 @@ class Slab:
         ]
         logits = torch.stack(rows).to(torch.float32)  # (R, V)
         scores = self.rules.processors(self._ids[:, : self.length].contiguous(), logits)
+        self._take(self._choose(scores, width), scores, logits)
+        self._stop(scores)
+
+    def _choose(self, scores: torch.Tensor, width: torch.Tensor) -> list[int]:
+        if self._sampler is not None:
+            rows = [row for row, request in enumerate(self.requests) if not request.finished]
+            live = iter(choose_by(self._sampler, scores[rows], [(self.requests[row], 1) for row in rows]))
+            return [0 if request.finished else next(live) for request in self.requests]
         noise = None
         if self.rules.do_sample:
             blank = width.new_zeros(1, width.shape[0], dtype=torch.float32)
             noise = torch.cat([blank if request.finished else _noise(request, 1) for request in self.requests])
-        tokens = choose(scores, noise, [request.finished for request in self.requests])
-        self._take(tokens, scores, logits)
-        self._stop(scores)
+        return choose(scores, noise, [request.finished for request in self.requests])
 
     def _take(self, tokens: list[int], scores: torch.Tensor, logits: torch.Tensor) -> None:
         if self.length == self._ids.shape[1]:
@@ -164,14 +185,25 @@ def choose(scores: torch.Tensor, noise: torch.Tensor | None, ignored: Sequence[b
     if noise is None:
         return scores.argmax(dim=-1).tolist()
     best = (scores + noise).max(dim=-1)
-    for row, value in enumerate(best.values.tolist()):
+    check_finite(best.values, ignored)
+    return best.indices.tolist()
+
+
+def choose_by(sampler: RejectionSampler, scores: torch.Tensor, counts: Sequence[tuple[Request, int]]) -> list[int]:
+    """The token per row of `scores` `(N, V)` as `sampler` chooses it; raises as `choose` does."""
+    check_finite(scores.amax(dim=-1))
+    return sampler.choose(scores, counts)
+
+
+def check_finite(values: torch.Tensor, ignored: Sequence[bool] = ()) -> None:
+    """Refuse to sample where the best score of a row, `values` `(N,)`, is none."""
+    for row, value in enumerate(values.tolist()):
         if not math.isfinite(value) and not (ignored and ignored[row]):
             raise ValueError(
                 f"sampling needs scores with a finite maximum, got {value} after the logits processors. Check the "
                 f"model for overflow (float16?) and the processors for excluding every token, or pass "
                 f"`remove_invalid_values=True`."
             )
-    return best.indices.tolist()
 
 
 def record(request: Request, rules: Rules, scores: torch.Tensor, logits: torch.Tensor) -> None:

@@ -119,6 +119,7 @@ class DraftWorker:
             max_line,
             config.max_draft_width,
             self.cache_blocks,
+            config.verification == "rejection",
             encode_processors(processors),
         )
         return ProcessDraft(self._process, BeginCall(self._num_calls, options))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+import torch
+
 from ..decoding.drafting import Drafter
 from ..decoding.messages import Admission, DraftReport, Removal, TokenTree, Verdict
 from .lane import ModelLane
@@ -49,6 +51,11 @@ class InlineDraft:
 
     def rest(self, is_resting: bool) -> None:
         """Nothing to do: steps are made in `wait`."""
+
+    def distribution(self, request_id: int, position: int, token_id: int) -> torch.Tensor | None:
+        """What a guess was drawn from, in a call that keeps distributions; while the draft rests."""
+        kept = self._drafter.proposer.distributions
+        return kept.get(request_id, position, token_id) if kept is not None else None
 
     def wait(self, num_steps: int, timeout: float) -> bool:
         """Make draft steps until `num_steps` of this call are done."""

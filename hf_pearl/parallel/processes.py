@@ -5,9 +5,12 @@ from __future__ import annotations
 import struct
 import time
 
+import torch
+
 from ..decoding.messages import Admission, DraftReport, Grant, Removal, Rest, TokenTree, Verdict
 from ..errors import PearlWorkerError
 from .records import BeginCall, EndCall, MalformedRecordError, Message, Status, decode_tree
+from .shared_distributions import SharedDistributions
 from .shared_memory import NUM_SLOTS, TIMELINE_LENGTH
 from .worker_process import WorkerProcess
 
@@ -110,6 +113,18 @@ class ProcessDraft:
         if known is None or known[0] is not content:
             known = self._trees[request_id] = content, self._decode(content, request_id, wire_id)
         return known[1]
+
+    def distribution(self, request_id: int, position: int, token_id: int) -> torch.Tensor | None:
+        """What a guess was drawn from, in a call that keeps distributions."""
+        wire_id, descriptor = self._wire_ids.get(request_id), self._process.distributions
+        if wire_id is None or descriptor is None:
+            return None
+        shared = SharedDistributions(descriptor, self._call, self._vocab_size, self.max_line)
+        try:
+            return shared.get(wire_id, position, token_id)
+        except MalformedRecordError as error:
+            self._fail(str(error))
+            return None
 
     def _decode(self, content: bytes, request_id: int, wire_id: int) -> TokenTree | None:
         try:

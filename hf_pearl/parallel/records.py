@@ -33,7 +33,10 @@ class MalformedRecordError(PearlWorkerError):
 
 
 class CallOptions(NamedTuple):
-    """How a call drafts. `processors` are specifications as `processor_specs.encode_processors` makes them."""
+    """How a call drafts. `processors` are specifications as `processor_specs.encode_processors` makes them.
+
+    `keeps_distributions` says whether the engine wants to know what every sampled guess was drawn from.
+    """
 
     vocab_size: int
     pad_token_id: int
@@ -44,6 +47,7 @@ class CallOptions(NamedTuple):
     max_line: int
     max_width: int
     num_blocks: int
+    keeps_distributions: bool
     processors: list[dict[str, Any]]
 
 
@@ -194,6 +198,7 @@ def _decode_begin_call(words: Sequence[int]) -> BeginCall:
         "free_running": (False, True),
         "prefix_cache": (False, True),
         "eight_bit_cache": (False, True),
+        "keeps_distributions": (False, True),
     }
     for name, (low, high) in ranges.items():
         if type(options[name]) is not type(low):

@@ -107,6 +107,11 @@ class ThreadDraft:
         """What was published last for a request."""
         return self._trees.get(request_id)
 
+    def distribution(self, request_id: int, position: int, token_id: int) -> torch.Tensor | None:
+        """What a guess was drawn from, in a call that keeps distributions; while the draft rests."""
+        kept = self._drafter.proposer.distributions
+        return kept.get(request_id, position, token_id) if kept is not None else None
+
     def wait(self, num_steps: int, timeout: float) -> bool:
         """True when `num_steps` steps of this call are done, False after `timeout` seconds or without a lane."""
         with self._step_done:

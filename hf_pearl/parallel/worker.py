@@ -34,6 +34,7 @@ from .draft_loop import EndOfCall, run_draft_loop
 from .lane import ModelLane
 from .processor_specs import decode_processors
 from .records import BeginCall, Clear, EndCall, Message, Quit, Status
+from .shared_distributions import SharedDistributions
 from .shared_memory import ERROR_BYTES, NUM_SLOTS, TIMELINE_LENGTH, Channel, RingReader
 from .shipping import build
 
@@ -47,6 +48,7 @@ class Arguments(NamedTuple):
     shipment: int
     weights: int
     channel: int
+    distributions: int
     to_worker: int
     to_engine: int
     lifeline: int
@@ -147,8 +149,8 @@ class Outbox:
 class DraftServer:
     """The draft model with its cache and its calibration, which live from call to call."""
 
-    def __init__(self, model: PreTrainedModel, channel: Channel, inbox: Inbox, to_engine: int) -> None:
-        self.model, self.channel, self.inbox, self.to_engine = model, channel, inbox, to_engine
+    def __init__(self, model: PreTrainedModel, channel: Channel, inbox: Inbox, arguments: Arguments) -> None:
+        self.model, self.channel, self.inbox, self.arguments = model, channel, inbox, arguments
         self.calibration = Calibration()
         self.cache: PagedPrefixCache | None = None
 
@@ -165,18 +167,29 @@ class DraftServer:
             # Anything else belongs to a call that has failed here, and whose end the engine has not seen yet.
 
     def _serve_call(self, begin: BeginCall) -> None:
-        outbox = Outbox(self.channel, self.to_engine, begin.number)
+        outbox = Outbox(self.channel, self.arguments.to_engine, begin.number)
+        options, distributions = begin.options, None
+        if options.keeps_distributions:
+            distributions = SharedDistributions(
+                self.arguments.distributions, begin.number, options.vocab_size, options.max_line
+            )
         try:
-            self._draft(begin.options, outbox)
+            self._draft(options, distributions, outbox)
         except (ParentGone, records.MalformedRecordError):
             raise
         except Exception:
             outbox.fail(traceback.format_exc())
+        finally:
+            if distributions is not None:
+                distributions.clear()
 
-    def _draft(self, options: records.CallOptions, outbox: Outbox) -> None:
+    def _draft(self, options: records.CallOptions, distributions: SharedDistributions | None, outbox: Outbox) -> None:
         lane = ModelLane(self.model, self._cache_for(options), options.prefix_cache, options.cache_salt)
-        proposer = Proposer(options.vocab_size, decode_processors(options.processors), options.pad_token_id)
-        drafter = Drafter(lane, proposer, self.calibration, options.max_line, options.free_running, options.max_width)
+        processors = decode_processors(options.processors)
+        proposer = Proposer(options.vocab_size, processors, options.pad_token_id, distributions)
+        # How often guesses stand that were drawn apart says nothing of those that share the target's noise.
+        calibration = self.calibration if distributions is None else Calibration()
+        drafter = Drafter(lane, proposer, calibration, options.max_line, options.free_running, options.max_width)
         with lane.ready():
             outbox.publish(drafter, [])
             run_draft_loop(drafter, self.inbox, lambda trees: outbox.publish(drafter, trees), options.free_running)
@@ -192,8 +205,10 @@ class DraftServer:
 def main() -> None:
     """Build the model, then serve. An error before the first call goes to standard error, which the parent reads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    arguments = Arguments(*map(int, sys.argv[1:8]))
-    num_threads, cores = int(sys.argv[8]), [int(core) for core in sys.argv[9].split(",") if core]
+    num_descriptors = len(Arguments._fields)
+    arguments = Arguments(*map(int, sys.argv[1 : 1 + num_descriptors]))
+    more = sys.argv[1 + num_descriptors :]
+    num_threads, cores = int(more[0]), [int(core) for core in more[1].split(",") if core]
     for descriptor in arguments[1:]:
         os.set_inheritable(descriptor, False)
     if cores:
@@ -211,7 +226,7 @@ def main() -> None:
     log = _silence()
     try:
         inbox = Inbox(channel, arguments, lifeline)
-        server = DraftServer(model, channel, inbox, arguments.to_engine)
+        server = DraftServer(model, channel, inbox, arguments)
         channel.status.write(records.encode_status(Status(0, True, 0, 0, 0, 0, 0.0)))
         os.eventfd_write(arguments.to_engine, 1)
         with torch.inference_mode():

@@ -66,6 +66,7 @@ class WorkerProcess:
         self._descriptors["shipment"] = anonymous_memory("hf_pearl_shipment", 0)
         self._descriptors["weights"] = anonymous_memory("hf_pearl_weights", shipment.num_bytes)
         self._descriptors["channel"] = anonymous_memory("hf_pearl_channel", Channel.NUM_BYTES)
+        self._descriptors["distributions"] = anonymous_memory("hf_pearl_distributions", 0)
         self._descriptors["log"] = anonymous_memory("hf_pearl_log", 0)
         for name in ("to_worker", "to_engine"):
             self._descriptors[name] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -77,8 +78,8 @@ class WorkerProcess:
 
     def _start(self, num_threads: int, cores: Sequence[int]) -> subprocess.Popen[bytes]:
         self._lifeline, other_end = socket.socketpair()
-        passed = [self._descriptors[name] for name in ("shipment", "weights", "channel", "to_worker", "to_engine")]
-        passed.append(other_end.fileno())
+        names = ("shipment", "weights", "channel", "distributions", "to_worker", "to_engine")
+        passed = [*(self._descriptors[name] for name in names), other_end.fileno()]
         # The worker finds what this process finds, in the same order, and nothing because of where it was started.
         paths = [os.path.abspath(path) for path in sys.path if isinstance(path, str) and os.pathsep not in path]
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1")
@@ -161,6 +162,11 @@ class WorkerProcess:
     def process_id(self) -> int:
         """The operating system's number of the process."""
         return self._process.pid
+
+    @property
+    def distributions(self) -> int | None:
+        """The file of `SharedDistributions`; None after its end."""
+        return self._descriptors.get("distributions")
 
     def why_it_ended(self) -> str:
         """What is known of its end."""

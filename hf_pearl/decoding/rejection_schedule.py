@@ -1,0 +1,41 @@
+"""Lockstep and sequential schedules for rejection sampling: a guess comes with what it was drawn from."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from .lines import usable
+from .request import Request
+from .schedule import DraftRunner, Lockstep
+
+
+class DrawingDraft(DraftRunner, Protocol):
+    """A draft lane that keeps the distributions of its guesses."""
+
+    def distribution(self, request_id: int, position: int, token_id: int) -> torch.Tensor | None:
+        """What a guess was drawn from: `(vocab_size,)`, float32; None where that is not known."""
+
+
+class RejectionLockstep(Lockstep):
+    """`Lockstep` whose windows are judged together with the first guess behind them.
+
+    A guess whose distribution has not come (the draft's process has failed, say) is left out; that does not depend on
+    the guess.
+    """
+
+    draft: DrawingDraft
+
+    def queue(self, request: Request, logits: torch.Tensor, guesses: tuple[int, ...]) -> None:
+        """Hand over a window's logits, when the draft steps beside its forward are done."""
+        line = usable(self.draft.tree(request.request_id), request).token_ids[: logits.shape[0]]
+        if line[: len(guesses)] != guesses:  # The draft has failed.
+            line = guesses
+        drawn: list[torch.Tensor] = []
+        for position, token_id in enumerate(line, start=len(request.verified)):
+            q = self.draft.distribution(request.request_id, position, token_id)
+            if q is None:
+                break
+            drawn.append(q)
+        request.queue(logits, line[: len(drawn)], drawn)
