@@ -78,8 +78,10 @@ class PearlConfig:
     cache_salt: str = ""
     seed: int | None = None
 
-    # No setting: guesses that a draft step computes at most. What the tree gives is measured on a subclass with 1.
+    # No settings: guesses that a draft step computes at most, and whether some are looked up in the text so far. What
+    # these parts give is measured on subclasses.
     max_draft_width: ClassVar[int] = MAX_WIDTH
+    looks_up: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.draft_length != "auto":

@@ -49,7 +49,8 @@ class Learnt:
         if config.draft_length != "auto":
             lockstep = RejectionLockstep if config.verification == "rejection" else Lockstep
             return lockstep(runner, config.draft_length, config.overlap)
-        lookup_chances = self.lookup_chances if config.overlap else None  # Without it is the ordinary kind.
+        # Without overlap it is the ordinary kind of speculative decoding.
+        lookup_chances = self.lookup_chances if config.overlap and config.looks_up else None
         drafting = FreeRunning(runner, self.forward_times, self.acceptance, config.overlap, lookup_chances)
         if config.execution != "auto" or not config.overlap:  # Whoever says how the draft runs wants it to run.
             return drafting

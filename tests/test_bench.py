@@ -23,7 +23,7 @@ from hf_pearl.benchmark import BENCH, Completion, Method, Workload, complete, me
 from hf_pearl.benchmark.fill_in import filled_in
 from hf_pearl.benchmark.grid_tables import summary_table, workload_table
 from hf_pearl.benchmark.measurement import WARM_UP, measure, num_calls
-from hf_pearl.benchmark.methods import COLD, OneLine, Setting
+from hf_pearl.benchmark.methods import COLD, OneLine, Setting, WithoutLookup
 from hf_pearl.decoding.noise import request_seed
 from hf_pearl.parallel.records import BeginCall, Message
 from hf_pearl.parallel.worker_process import WorkerProcess
@@ -237,6 +237,17 @@ def test_one_line_reaches_the_process_of_the_draft(
     for config in (OneLine(execution="processes"), PearlConfig(execution="processes")):
         complete(workload, Setting(config, uses_draft=True), workload.batches[0])
     assert [begin.options.max_width for begin in begun] == [1, PearlConfig.max_draft_width]
+
+
+@pytest.mark.parametrize("config", [WithoutLookup(execution="inline"), PearlConfig(execution="inline")])
+def test_without_lookup_nothing_is_looked_up(
+    pair: tuple[PreTrainedModel, PreTrainedModel], config: PearlConfig
+) -> None:
+    workload = Workload(*pair, (torch.tensor([[5, 6, 7] * 8]),), max_new_tokens=40)
+    completion = complete(workload, Setting(config, uses_draft=True), workload.batches[0])
+    assert completion.stats is not None
+    num_verified = completion.stats.verified_draft_tokens - completion.stats.drafted_tokens
+    assert (num_verified > 0) == (type(config) is PearlConfig)
 
 
 @pytest.mark.parametrize(

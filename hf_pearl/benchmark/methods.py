@@ -24,6 +24,13 @@ class OneLine(PearlConfig):
 
 
 @dataclass(frozen=True)
+class WithoutLookup(PearlConfig):
+    """The default without the guesses that are looked up in the text so far."""
+
+    looks_up: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
 class Setting:
     """One way to run a method.
 
@@ -126,6 +133,7 @@ BENCH = (
     ),
     PEARL,
     Method("pearl, one line", "the default without the tree", _ours(OneLine(prefix_cache=False), "auto")),
+    Method("pearl, no lookup", "the default without prompt lookup", _ours(WithoutLookup(prefix_cache=False), "auto")),
     Method("pearl, in turns", "the default without overlap", _ours(SEQUENTIAL, "auto")),
     Method(
         "pearl, in a thread",
