@@ -17,6 +17,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging as transformers_logging
 
 import hf_pearl
 from hf_pearl import PearlConfig
@@ -111,6 +112,19 @@ def enabled_for_tiny_models() -> Iterator[None]:
         for model in list(_models):
             hf_pearl.release(model)
         torch.set_num_threads(num_threads)
+
+
+@contextmanager
+def command_in_process() -> Iterator[None]:
+    """Undo what a command changes in its process, and give it one thread: for tiny models, two are slower."""
+    verbosity, shows_progress = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+    transformers_logging.set_verbosity(verbosity)
+    if shows_progress:
+        transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import noisy_copy, tiny_model, tiny_tokenizer
+from models import command_in_process, noisy_copy, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 import hf_pearl
 from hf_pearl import PearlConfig, bench
@@ -64,15 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_process() -> Iterator[None]:
-    """Undo what the command changes in its process, and give it one thread: for tiny models, two are slower."""
-    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-    logging.set_verbosity(verbosity)
-    if shows_progress:
-        logging.enable_progress_bar()
+    with command_in_process():
+        yield
 
 
 def options(folder: Path, *more: str) -> list[str]:

@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from models import noisy_copy, tiny_model, tiny_tokenizer
-from transformers.utils import logging
+from models import command_in_process, noisy_copy, tiny_model, tiny_tokenizer
 
 import hf_pearl
 from hf_pearl import pair
@@ -67,15 +66,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 @pytest.fixture(autouse=True)
 def own_process() -> Iterator[None]:
-    """Undo what the command changes in its process, and give it one thread: for tiny models, two are slower."""
-    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-    logging.set_verbosity(verbosity)
-    if shows_progress:
-        logging.enable_progress_bar()
+    with command_in_process():
+        yield
 
 
 def rows_of(table: str) -> dict[str, list[str]]:
