@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import enabled_for_tiny_models
 
+from hf_pearl.decoding import schedule
 from hf_pearl.decoding.calibration import NUM_BINS, Calibration
 from hf_pearl.decoding.policy import (
     MAX_WAIT,
     Acceptance,
     ForwardTimes,
+    LaunchRule,
     cycle_rate,
     launch_rule,
     num_worth_verifying,
@@ -285,6 +289,22 @@ def test_the_launch_rule_takes_the_best_policy(
     assert chance**wait <= rule.wait_above
     assert wait == 0 or chance ** (wait - 1) > rule.wait_above
     assert 0.0 <= rule.verify_above <= 0.5
+
+
+def test_in_a_batch_a_token_must_be_worth_the_time_of_all_rows() -> None:
+    """A wide batch, and tokens that cost: verifying what would pay for one row alone takes longer."""
+    traces = [independent_trace(300, 0.6, seed) for seed in range(16)]
+    costs = Costs(lambda num_guesses: 1.0, lambda num_tokens: 8.0 + 0.3 * num_tokens)
+    seconds = simulate_run(traces, costs).seconds
+    with pytest.MonkeyPatch.context() as patch:
+        for_one = functools.partial(_rule_of_one_row, launch_rule)
+        patch.setattr(schedule, "launch_rule", for_one)
+        assert seconds < 0.95 * simulate_run(traces, costs).seconds
+
+
+def _rule_of_one_row(rule: Callable[..., LaunchRule], *arguments: Any, concurrent: bool) -> LaunchRule:
+    launch = rule(*arguments, concurrent=concurrent)
+    return launch._replace(verify_above=launch.verify_above / arguments[3])
 
 
 def test_without_measurements_the_launch_rule_is_a_cautious_one() -> None:

@@ -93,7 +93,8 @@ def launch_rule(
         if rate > best_rate:
             best_rate, best_wait = rate, wait
     wait_above = 1.0 if best_wait == 0 else chance ** (best_wait - 0.5)
-    return LaunchRule(wait_above=wait_above, verify_above=min(0.5, best_rate * forward.per_token))
+    # One more token of one row delays all rows: it must be worth more than all of them yield in that time.
+    return LaunchRule(wait_above=wait_above, verify_above=min(0.5, num_rows * best_rate * forward.per_token))
 
 
 def worth_verifying_above(forward: ForwardTimes, num_rows: int) -> float:

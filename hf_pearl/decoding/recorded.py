@@ -118,10 +118,11 @@ class RecordedProposer(Proposer):
         return [self._guesses(prefix)[:num_guesses] for prefix in prefixes]
 
     def _guesses(self, prefix: Prefix) -> list[Guess]:
-        traced = self._traces[prefix.request_id][prefix.length - 1]
-        token_ids = self._token_ids[prefix.request_id]
+        trace, token_ids = self._traces[prefix.request_id], self._token_ids[prefix.request_id]
+        place = min(prefix.length, len(trace)) - 1  # A row that ends before others goes on as it ended.
+        traced = trace[place]
         is_right = token_ids[: prefix.length - 1][-MAX_LINE:] == prefix.token_ids()[1:][-MAX_LINE:]
         rank = (0 if traced.stands else traced.rank) if is_right else None
         confidences = (traced.probability, *traced.others)
-        right = token_ids[prefix.length - 1]
+        right = token_ids[place]
         return [Guess(right if place == rank else -1 - place, each) for place, each in enumerate(confidences)]
