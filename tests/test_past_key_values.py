@@ -216,7 +216,7 @@ def test_rows_that_are_not_there_are_refused(rows: list[int]) -> None:
     [
         ("qwen3_next", "'linear_attention'"),
         ("jamba", "'linear_attention'"),
-        ("recurrent_gemma", "'linear_attention'"),
+        ("recurrent_gemma", "'(linear_attention|recurrent)'"),
         ("mamba", "no attention layers"),
         ("rwkv", "no attention layers"),
     ],
