@@ -78,10 +78,11 @@ class PearlConfig:
     cache_salt: str = ""
     seed: int | None = None
 
-    # No settings: guesses that a draft step computes at most, and whether some are looked up in the text so far. What
-    # these parts give is measured on subclasses.
+    # No settings: guesses that a draft step computes at most, whether some are looked up in the text so far, and
+    # whether a target forward may verify several lines of a request. What these give is measured on subclasses.
     max_draft_width: ClassVar[int] = MAX_WIDTH
     looks_up: ClassVar[bool] = True
+    verifies_tree: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.draft_length != "auto":

@@ -47,11 +47,14 @@ class Learnt:
         if runner is None:
             return NoDraft()
         if config.draft_length != "auto":
-            lockstep = RejectionLockstep if config.verification == "rejection" else Lockstep
+            rejects = config.verification == "rejection" and requests[0].seed is not None
+            lockstep = RejectionLockstep if rejects else Lockstep
             return lockstep(runner, config.draft_length, config.overlap)
         # Without overlap it is the ordinary kind of speculative decoding.
         lookup_chances = self.lookup_chances if config.overlap and config.looks_up else None
-        drafting = FreeRunning(runner, self.forward_times, self.acceptance, config.overlap, lookup_chances)
+        drafting = FreeRunning(
+            runner, self.forward_times, self.acceptance, config.overlap, lookup_chances, config.verifies_tree
+        )
         if config.execution != "auto" or not config.overlap:  # Whoever says how the draft runs wants it to run.
             return drafting
         num_left, benefits = cores.num_left, self.benefits[requests[0].seed is not None]

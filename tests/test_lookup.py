@@ -86,13 +86,20 @@ def tree(root: int, token_ids: tuple[int, ...], chance: float) -> TokenTree:
 def test_the_better_line_is_taken_and_a_drafted_one_goes_on_with_what_is_looked_up() -> None:
     lines, row = Lines(Acceptance(), LookupChances()), request([1, 2, 3, 4, 5, 1, 2, 3])
     lines.settle(row)
-    assert lines.best(row, None).token_ids[:4] == (4, 5, 1, 2)
-    assert lines.best(row, None).num_drafted == 0
+    line, guesses = lines.propose(row, None, 0.0)
+    assert (line.token_ids[:4], line.num_drafted) == ((4, 5, 1, 2), 0)
+    assert guesses.is_line
+    assert all(guesses.are_looked_up)
     unlikely, likely = tree(8, (9, 9), 0.1), tree(8, (4, 5), 0.99)
-    assert lines.best(row, unlikely).token_ids[:2] == (4, 5)
-    best = lines.best(row, likely)
-    assert (best.token_ids[:6], best.num_drafted) == ((4, 5, 1, 2, 3, 4), 2)
-    assert best.chances[:2] == (0.99, 0.99)
+    line, _ = lines.propose(row, likely, 0.0)
+    assert (line.token_ids[:6], line.num_drafted, line.chances[:2]) == ((4, 5, 1, 2, 3, 4), 2, (0.99, 0.99))
+    line, guesses = lines.propose(row, unlikely, 0.0)
+    assert line.token_ids[:2] == (4, 5)
+    assert [guesses.token_ids[place] for place in guesses.behind(-1)] == [4, 9]  # Both are verified.
+    assert lines.propose(row, unlikely, 0.3).guesses.is_line  # Here the other one is not worth it.
+    one_line = Lines(Acceptance(), LookupChances(), is_tree=False)
+    one_line.settle(row)
+    assert one_line.propose(row, unlikely, 0.0).guesses.token_ids == line.token_ids
 
 
 def test_no_line_is_longer_than_the_room_there_is() -> None:
@@ -100,14 +107,16 @@ def test_no_line_is_longer_than_the_room_there_is() -> None:
         lines, row = Lines(Acceptance(), LookupChances()), request([1, 2, 3, 1, 2], room)
         lines.settle(row)
         for drafted in (None, tree(5, (3, 1, 2, 3), 0.9)):
-            assert len(lines.best(row, drafted).token_ids) == room
+            guesses = lines.propose(row, drafted, 0.0).guesses
+            assert guesses.is_line
+            assert len(guesses) == room
 
 
 def test_what_became_of_the_guesses_is_learnt_once() -> None:
     acceptance, chances = Acceptance(), LookupChances()
     lines, row = Lines(acceptance, chances), request([1, 2, 3, 1, 2])
     lines.settle(row)
-    lines.launch(row, lines.best(row, tree(5, (3, 1), 0.99)), 3)
+    lines.launch(row, lines.propose(row, tree(5, (3, 1), 0.99), 0.0).guesses.first(3))
     before = chances.chance(2), chances.chance(3)
     row.verified += [3, 6]  # What was looked up behind two matching tokens stood, then it did not behind three.
     lines.settle(row)

@@ -23,7 +23,8 @@ from hf_pearl.cache.paged_layer import as_numbers
 from hf_pearl.cache.prefix_index import PrefixIndex
 from hf_pearl.cache.step import PagedStep
 from hf_pearl.decoding import lines, schedule
-from hf_pearl.decoding.lines import NO_GUESSES, Guesses
+from hf_pearl.decoding.guesses import Guesses
+from hf_pearl.decoding.lines import Line
 from hf_pearl.decoding.messages import TokenTree, Window
 from hf_pearl.decoding.noise import NoiseSource, gumbel_noise, request_seed
 from hf_pearl.decoding.request import Request
@@ -183,7 +184,11 @@ def accept_one_too_many(patch: pytest.MonkeyPatch) -> None:
 
 def accept_one_too_few(patch: pytest.MonkeyPatch) -> None:
     queue = Request.queue
-    patch.setattr(Request, "queue", lambda request, logits, guesses: queue(request, logits, (*guesses[:-1], -1)))
+
+    def buggy_queue(request: Request, logits: torch.Tensor, guesses: Guesses) -> None:
+        queue(request, logits, replace(guesses, token_ids=(*guesses.token_ids[:-1], -1)) if guesses else guesses)
+
+    patch.setattr(Request, "queue", buggy_queue)
 
 
 def give_no_bonus(patch: pytest.MonkeyPatch) -> None:
@@ -303,16 +308,16 @@ def read_padding(patch: pytest.MonkeyPatch) -> None:
 
 
 def use_lines_from_before_a_rollback(patch: pytest.MonkeyPatch) -> None:
-    def buggy_usable(tree: TokenTree | None, request: Request) -> Guesses:
+    def buggy_line(tree: TokenTree | None, request: Request) -> Line:
         if tree is None:
-            return NO_GUESSES
+            return Line()
         first = max(0, len(request.verified) - tree.root)
         last = first + request.room
         token_ids = tree.token_ids[first:last]
-        return Guesses(token_ids, tree.chances[first:last], len(token_ids))
+        return Line(token_ids, tree.chances[first:last], len(token_ids))
 
     for module in (lines, schedule):
-        patch.setattr(module, "usable", buggy_usable)
+        patch.setattr(module, "likeliest_line", buggy_line)
 
 
 def no_pending_line_is_used() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 import os
 import random
 import signal
@@ -36,7 +38,7 @@ from transformers import (
 
 from hf_pearl import PearlConfig
 from hf_pearl.decoding import proposal, rejection, rejection_schedule, schedule
-from hf_pearl.decoding.lines import Guesses
+from hf_pearl.decoding.lines import Line
 from hf_pearl.decoding.noise import NoiseSource
 from hf_pearl.decoding.rejection import RejectionSampler, correct, stands
 from hf_pearl.parallel.records import MalformedRecordError
@@ -261,15 +263,15 @@ def give_the_next_guess_the_same_noise(patch: pytest.MonkeyPatch) -> None:
 
 def cut_the_line_where_it_is_unlikely(patch: pytest.MonkeyPatch) -> None:
     """As the free-running schedule does: a guess is judged only if the draft found it likely."""
-    usable = schedule.usable
+    likeliest_line = schedule.likeliest_line
 
-    def buggy_usable(*arguments: Any) -> Guesses:
-        tokens, chances, _ = usable(*arguments)
-        count = schedule.num_worth_verifying(chances, 0.25)
-        return Guesses(tokens[:count], chances[:count], count)
+    def buggy_line(*arguments: Any) -> Line:
+        line = likeliest_line(*arguments)
+        count = sum(product > 0.25 for product in itertools.accumulate(line.chances, operator.mul))
+        return Line(line.token_ids[:count], line.chances[:count], count)
 
-    patch.setattr(schedule, "usable", buggy_usable)
-    patch.setattr(rejection_schedule, "usable", buggy_usable)
+    patch.setattr(schedule, "likeliest_line", buggy_line)
+    patch.setattr(rejection_schedule, "likeliest_line", buggy_line)
 
 
 def keep_the_likeliest_instead_of_a_sample(patch: pytest.MonkeyPatch) -> None:
@@ -367,7 +369,9 @@ def test_greedy_calls_are_as_ever() -> None:
     for execution in EXECUTIONS:
         config = replace(REJECTION, execution=execution)
         options = {"do_sample": False, "max_new_tokens": 20, "assistant_model": draft, "pearl": config}
-        assert torch.equal(target.generate(**inputs, **options), expected)
+        output = target.generate(**inputs, **options, return_dict_in_generate=True)
+        assert torch.equal(output.sequences, expected)
+        assert output.pearl.accepted_tokens > 0
 
 
 def test_without_a_draft_it_samples_from_the_target() -> None:

@@ -40,7 +40,7 @@ from hf_pearl.decoding.benefit import Benefit, Benefits
 from hf_pearl.decoding.calibration import Calibration
 from hf_pearl.decoding.draft_tree import Candidate, DraftTree
 from hf_pearl.decoding.drafting import Drafter
-from hf_pearl.decoding.lines import NO_GUESSES, usable
+from hf_pearl.decoding.lines import Line, likeliest_line
 from hf_pearl.decoding.lookup import LookupChances
 from hf_pearl.decoding.loop import DecodingLoop
 from hf_pearl.decoding.messages import Admission, Removal, TokenTree, Verdict, Window
@@ -151,12 +151,14 @@ class InterleavedLane(ModelLane):
     """The target's lane; the draft's runs beside each of its forwards."""
 
     draft: ArbitraryDraft | None = None
+    num_trees = 0
 
     def forward(self, windows: Sequence[Window]) -> torch.Tensor:
         """The real forward."""
         if self.draft is not None:
             self.draft.run_a_while()
         logits = super().forward(windows)
+        InterleavedLane.num_trees += sum(window.branches is not None for window in windows)
         if self.draft is not None:
             self.draft.run_a_while()
         return logits
@@ -310,7 +312,8 @@ def draw_schedule(requests: Sequence[Request], draft: ArbitraryDraft, chance: ra
     forward_times, acceptance = ForwardTimes(), Acceptance(prior=chance.random())
     for _ in range(chance.choice((0, 3))):
         forward_times.record(chance.randint(1, 9), chance.random())
-    free_running = FreeRunning(draft, forward_times, acceptance, overlap, chance.choice((None, LookupChances())))
+    lookup_chances, verifies_tree = chance.choice((None, LookupChances())), chance.random() < 0.8
+    free_running = FreeRunning(draft, forward_times, acceptance, overlap, lookup_chances, verifies_tree)
     if chance.random() < 0.5:
         return free_running
     return WhilePays(
@@ -361,6 +364,7 @@ def enabled() -> Iterator[None]:
 def run_fuzz(seed: int, samples: bool, num_cases: int, patch: pytest.MonkeyPatch) -> None:
     """Run `num_cases * RUNS_PER_CASE` random interleavings."""
     total, num_long, num_varied = PearlStats(), 0, 0
+    patch.setattr(InterleavedLane, "num_trees", 0)
     pairs: dict[int, Pair] = {}
     for index in range(num_cases):
         which = index % len(PAIRS)
@@ -388,6 +392,7 @@ def run_fuzz(seed: int, samples: bool, num_cases: int, patch: pytest.MonkeyPatch
     assert 0.2 < total.acceptance_rate < 0.95
     assert sum(total.judged_at[4:]) > 20, total.judged_at
     assert total.preemptions > 20
+    assert InterleavedLane.num_trees > 20
 
 
 @pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampling"])
@@ -507,7 +512,7 @@ def test_of_a_tree_only_what_continues_the_verified_tokens_is_usable(
     token_ids = tuple(token for token, _ in nodes)
     parents = tuple(number % (place + 1) - 1 for place, (_, number) in enumerate(nodes))
     chances = tuple(0.01 * place for place in range(len(nodes)))
-    guesses = usable(TokenTree(0, 0, 0, root, token_ids, parents, chances), request)
+    line = likeliest_line(TokenTree(0, 0, 0, root, token_ids, parents, chances), request)
     node: int | None = -1 if root <= len(verified) else None
     for token in verified[root:]:
         children = [place for place, parent in enumerate(parents) if parent == node and token_ids[place] == token]
@@ -517,5 +522,5 @@ def test_of_a_tree_only_what_continues_the_verified_tokens_is_usable(
         node = parents.index(node) if node in parents else None
         if node is not None:
             expected.append((token_ids[node], chances[node]))
-    assert list(zip(guesses.token_ids, guesses.chances, strict=True)) == expected
-    assert usable(None, request) == NO_GUESSES
+    assert list(zip(line.token_ids, line.chances, strict=True)) == expected
+    assert likeliest_line(None, request) == Line()

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import enabled_for_tiny_models
@@ -22,7 +21,6 @@ from hf_pearl.decoding.policy import (
     LaunchRule,
     cycle_rate,
     launch_rule,
-    num_worth_verifying,
 )
 from hf_pearl.decoding.recorded import TracedGuess
 from hf_pearl.decoding.simulation import Costs, simulate_run
@@ -311,14 +309,6 @@ def test_without_measurements_the_launch_rule_is_a_cautious_one() -> None:
     rule = launch_rule(0.7, 0.0, ForwardTimes(), 1, concurrent=True)
     assert rule == launch_rule(0.7, 1.0, ForwardTimes(), 1, concurrent=True)
     assert 0.0 < rule.verify_above < rule.wait_above < 1.0
-
-
-@given(st.lists(st.floats(0.0, 1.0), max_size=8), st.floats(0.0, 1.0))
-def test_only_what_is_likely_enough_is_verified(chances: list[float], verify_above: float) -> None:
-    num_worth = num_worth_verifying(chances, verify_above)
-    products = [torch.tensor(chances[: place + 1], dtype=torch.float64).prod().item() for place in range(len(chances))]
-    assert all(product > verify_above * (1 - 1e-12) for product in products[:num_worth])
-    assert num_worth == len(chances) or products[num_worth] <= verify_above * (1 + 1e-12)
 
 
 def test_forward_times_recover_a_line_and_follow_when_it_moves() -> None:

@@ -21,6 +21,14 @@ class OneLine(PearlConfig):
     """The default without its tree: the draft guesses one line, as in the paper, and waits for nobody."""
 
     max_draft_width: ClassVar[int] = 1
+    verifies_tree: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class OneLineVerified(PearlConfig):
+    """The default with its tree, of which a target forward verifies one line."""
+
+    verifies_tree: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,11 @@ BENCH = (
     ),
     PEARL,
     Method("pearl, one line", "the default without the tree", _ours(OneLine(prefix_cache=False), "auto")),
+    Method(
+        "pearl, one line verified",
+        "the default, of whose tree a forward verifies one line",
+        _ours(OneLineVerified(prefix_cache=False), "auto"),
+    ),
     Method("pearl, no lookup", "the default without prompt lookup", _ours(WithoutLookup(prefix_cache=False), "auto")),
     Method("pearl, in turns", "the default without overlap", _ours(SEQUENTIAL, "auto")),
     Method(

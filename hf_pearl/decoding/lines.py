@@ -1,23 +1,31 @@
-"""The line of guesses that a request's coming forward verifies: the draft's, one looked up, or both in a row."""
+"""The lines of guesses that a request's coming forward verifies: the draft's, those looked up, or both in a row."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from .guesses import Guesses, GuessTree
 from .lookup import MAX_LOOKED_UP, LookupChances, PromptLookup
-from .messages import TokenTree
+from .messages import MAX_TREE_TOKENS, TokenTree
 from .policy import Acceptance
 from .request import Request
 
 
-class Guesses(NamedTuple):
-    """A line beyond the verified tokens: the likeliest of a draft's tree, and perhaps what was looked up behind it."""
+class Line(NamedTuple):
+    """Guesses one behind the other, the first ones a draft's, and each one's chance if all before it stand."""
 
-    token_ids: tuple[int, ...]
-    chances: tuple[float, ...]
-    num_drafted: int
+    token_ids: tuple[int, ...] = ()
+    chances: tuple[float, ...] = ()
+    num_drafted: int = 0
+
+    @property
+    def chance(self) -> float:
+        """That all of it stands."""
+        return math.prod(self.chances)
 
     @property
     def expected_tokens(self) -> float:
@@ -25,31 +33,50 @@ class Guesses(NamedTuple):
         return sum(itertools.accumulate(self.chances, operator.mul))
 
 
-NO_GUESSES = Guesses((), (), 0)
+class Proposal(NamedTuple):
+    """What may be verified next: the likeliest line as far as it is known, and the guesses that are worth it."""
+
+    line: Line
+    guesses: Guesses
 
 
-def usable(tree: TokenTree | None, request: Request) -> Guesses:
-    """The likeliest line of `tree` behind the verified tokens, whether or not the draft has seen their verdicts."""
+def find_root(tree: TokenTree | None, request: Request) -> int | None:
+    """Where the last verified token is in `tree`, whether or not the draft has seen its verdict; -1: at its root."""
     if tree is None or tree.root > len(request.verified):
-        return NO_GUESSES
-    node, places = -1, range(len(tree.token_ids))
+        return None
+    node = -1
     for token_id in request.verified[tree.root :]:
-        behind = (place for place in places if (tree.parents[place], tree.token_ids[place]) == (node, token_id))
-        following = next(behind, None)
+        behind = range(node + 1, len(tree.token_ids))
+        found = (place for place in behind if (tree.parents[place], tree.token_ids[place]) == (node, token_id))
+        following = next(found, None)
         if following is None:
-            return NO_GUESSES
+            return None
         node = following
-    line: list[int] = []
-    for place in places[node + 1 :]:  # The likeliest child of a node comes first, and behind the node.
-        if tree.parents[place] == node and len(line) < request.room:
-            line.append(place)
+    return node
+
+
+def likeliest_line(tree: TokenTree | None, request: Request) -> Line:
+    """The likeliest line of `tree` behind the verified tokens."""
+    root = find_root(tree, request)
+    if tree is None or root is None:
+        return Line()
+    places: list[int] = []
+    node = root
+    for place in range(
+        root + 1, len(tree.token_ids)
+    ):  # The likeliest child of a node comes first, and behind the node.
+        if tree.parents[place] == node and len(places) < request.room:
+            places.append(place)
             node = place
-    token_ids, chances = tuple(tree.token_ids[place] for place in line), tuple(tree.chances[place] for place in line)
-    return Guesses(token_ids, chances, len(line))
+    token_ids, chances = (
+        tuple(tree.token_ids[place] for place in places),
+        tuple(tree.chances[place] for place in places),
+    )
+    return Line(token_ids, chances, len(places))
 
 
 class Lines:
-    """The likeliest line of every request of a call, and what became of those before.
+    """The guesses behind every request of a call, and what became of those before.
 
     Parameters
     ----------
@@ -57,22 +84,21 @@ class Lines:
         Learns how often the draft's tokens stand.
     lookup_chances : LookupChances or None
         Learns how often tokens stand that are looked up; None: none are.
+    is_tree : bool
+        Whether one forward may verify several lines.
     """
 
-    def __init__(self, acceptance: Acceptance, lookup_chances: LookupChances | None) -> None:
+    def __init__(self, acceptance: Acceptance, lookup_chances: LookupChances | None, is_tree: bool = True) -> None:
         self._acceptance = acceptance
         self._chances = lookup_chances
-        self._drafted: dict[int, tuple[int, tuple[int, ...]]] = {}  # request -> its length at launch, draft tokens
+        self._is_tree = is_tree
+        self._launched: dict[int, tuple[int, Guesses]] = {}  # request -> its length at launch, what was verified
         self._lookups: dict[int, PromptLookup] = {}
         self._found: dict[int, tuple[list[int], int]] = {}  # request -> tokens looked up behind it, matching ones
 
     def settle(self, request: Request) -> None:
         """Learn what became of the guesses behind the last verified tokens, and look up those behind the new ones."""
-        length, drafted = self._drafted.pop(request.request_id, (0, ()))
-        for token_id, right in zip(drafted, request.verified[length:], strict=False):
-            self._acceptance.record(token_id == right)
-            if token_id != right:
-                break
+        self._settle_drafted(request)
         if self._chances is None:
             return
         lookup = self._lookups.setdefault(request.request_id, PromptLookup())
@@ -86,25 +112,64 @@ class Lines:
         lookup.extend(new)
         self._found[request.request_id] = lookup.continuation((), MAX_LOOKED_UP)
 
-    def best(self, request: Request, tree: TokenTree | None) -> Guesses:
-        """The line of which most is expected to stand."""
-        drafted = usable(tree, request)
-        if self._chances is None:
-            return drafted
-        looked_up = self._extended(NO_GUESSES, *self._found[request.request_id], request.room)
-        if not drafted.token_ids:
-            return looked_up
-        behind = self._lookups[request.request_id].continuation(drafted.token_ids, MAX_LOOKED_UP)
-        return max(self._extended(drafted, *behind, request.room), looked_up, key=lambda line: line.expected_tokens)
+    def _settle_drafted(self, request: Request) -> None:
+        length, guesses = self._launched.pop(request.request_id, (0, Guesses()))
+        node = -1
+        for right in request.verified[length:]:
+            behind = [place for place in guesses.behind(node) if not guesses.are_looked_up[place]]
+            if not behind:
+                return
+            node = next((place for place in behind if guesses.token_ids[place] == right), -1)
+            self._acceptance.record(node >= 0)
+            if node < 0:
+                return
 
-    def _extended(self, line: Guesses, found: list[int], match: int, room: int) -> Guesses:
+    def propose(self, request: Request, tree: TokenTree | None, least: float) -> Proposal:
+        """The guesses that are likelier than `least` to be verified: of all lines, or of the one that promises most."""
+        drafted = likeliest_line(tree, request)
+        lines = [drafted]
+        if self._chances is not None:
+            lines = [self._extended(Line(), *self._found[request.request_id])]
+            if drafted.token_ids:
+                behind = self._lookups[request.request_id].continuation(drafted.token_ids, MAX_LOOKED_UP)
+                lines.insert(0, self._extended(drafted, *behind))
+        best = max(lines, key=lambda line: line.expected_tokens)
+        guesses = GuessTree(request.room)
+        if self._is_tree:
+            _add_drafted(guesses, tree, request, least)
+        for line in lines if self._is_tree else [best]:
+            _add_line(guesses, line)
+        return Proposal(best, guesses.above(least, MAX_TREE_TOKENS))
+
+    def _extended(self, line: Line, found: Sequence[int], match: int) -> Line:
         assert self._chances is not None
-        found = found[: max(0, room - len(line.token_ids))]
         chances = tuple(self._chances.chance(match + place) for place in range(len(found)))
-        return Guesses(line.token_ids + tuple(found), line.chances + chances, line.num_drafted)
+        return Line(line.token_ids + tuple(found), line.chances + chances, line.num_drafted)
 
-    def launch(self, request: Request, line: Guesses, num_tokens: int) -> None:
-        """The first `num_tokens` of a line are being verified."""
-        request.first_looked_up = line.num_drafted
-        drafted = line.token_ids[: min(num_tokens, line.num_drafted)]
-        self._drafted[request.request_id] = len(request.verified), drafted
+    def launch(self, request: Request, guesses: Guesses) -> None:
+        """These are being verified."""
+        self._launched[request.request_id] = len(request.verified), guesses
+
+
+def _add_drafted(guesses: GuessTree, tree: TokenTree | None, request: Request, least: float) -> None:
+    """Add what `tree` holds behind the verified tokens, as far as it may be likelier than `least`."""
+    root = find_root(tree, request)
+    if tree is None or root is None:
+        return
+    known: dict[int, tuple[int, float]] = {root: (-1, 1.0)}  # place in the tree -> place in `guesses`, path's chance
+    for place in range(root + 1, len(tree.token_ids)):
+        parent, before = known.get(tree.parents[place], (None, 0.0))
+        chance = before * tree.chances[place]
+        if parent is not None and chance > least:
+            added = guesses.add(parent, tree.token_ids[place], tree.chances[place])
+            if added is not None:
+                known[place] = added, chance
+
+
+def _add_line(guesses: GuessTree, line: Line) -> None:
+    parent = -1
+    for place, (token_id, chance) in enumerate(zip(line.token_ids, line.chances, strict=True)):
+        added = guesses.add(parent, token_id, chance, is_looked_up=place >= line.num_drafted)
+        if added is None:
+            return
+        parent = added

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import PearlOutOfBlocksError
 from .drafting import Lane
+from .guesses import Guesses
 from .messages import Removal, Verdict, Window
 from .request import Request
 from .schedule import NoDraft
@@ -29,10 +30,10 @@ class VerdictSink(Protocol):
 
 
 class Launch(NamedTuple):
-    """One target forward: its windows, and the draft tokens at the end of each."""
+    """One target forward: its windows, and the guesses at the end of each."""
 
     windows: list[Window]
-    guesses: list[tuple[int, ...]]
+    guesses: list[Guesses]
     is_decode: bool
 
 
@@ -81,10 +82,10 @@ class DecodingLoop:
     def step(self) -> None:
         """One target forward and its verdicts."""
         waiting = self.scheduler.waiting()
-        launch = self._launch(waiting, self.schedule.before_forward(waiting))
+        guesses = self.schedule.before_forward(waiting)
         started = self.clock()
         try:
-            logits = self.target.forward(launch.windows)
+            launch, logits = self._forward(waiting, guesses)
         except PearlOutOfBlocksError:
             if self.scheduler.preempt():
                 return
@@ -99,23 +100,34 @@ class DecodingLoop:
         self._count(launch, verdicts, ended - started)
         self._commit(verdicts)
 
-    def _launch(self, waiting: Sequence[Request], guesses: dict[int, tuple[int, ...]]) -> Launch:
-        """The windows of the coming forward: what is verified but not computed, then the draft tokens."""
+    def _forward(self, waiting: Sequence[Request], guesses: dict[int, Guesses]) -> tuple[Launch, torch.Tensor]:
+        launch = self._launch(waiting, guesses)
+        try:
+            return launch, self.target.forward(launch.windows)
+        except PearlOutOfBlocksError:
+            if not any(launch.guesses):
+                raise
+        launch = self._launch(waiting, {})  # Guesses may need more memory than the text that comes of them.
+        return launch, self.target.forward(launch.windows)
+
+    def _launch(self, waiting: Sequence[Request], guesses: dict[int, Guesses]) -> Launch:
+        """The windows of the coming forward: what is verified but not computed, then the guesses."""
         windows: list[Window] = []
-        taken: list[tuple[int, ...]] = []
+        taken: list[Guesses] = []
         budget, is_decode = MAX_TOKENS_PER_FORWARD, True
         for request in waiting:
             request_id = request.request_id
-            new = request.verified[self.target.length(request_id) :]
-            guess = guesses.get(request_id, ())[: max(0, budget - 1)] if len(new) == 1 else ()
+            length = self.target.length(request_id)
+            new = request.verified[length:]
+            guess = guesses.get(request_id, Guesses()).first(max(0, budget - 1)) if len(new) == 1 else Guesses()
             is_decode = is_decode and len(new) == 1
             if len(new) + len(guess) > budget:
                 if budget:  # A long prompt is computed in pieces; its logits come with the last one.
                     windows.append(Window(request_id, tuple(new[:budget]), 0))
-                    taken.append(())
+                    taken.append(Guesses())
                 break
             budget -= len(new) + len(guess)
-            windows.append(Window(request_id, (*new, *guess), 1 + len(guess)))
+            windows.append(Window(request_id, (*new, *guess.token_ids), 1 + len(guess), guess.branches(length)))
             taken.append(guess)
         return Launch(windows, taken, is_decode)
 
@@ -126,7 +138,7 @@ class DecodingLoop:
                 request = self.scheduler.resident[window.request_id]
                 self.schedule.queue(request, logits[row : row + window.num_logits], guess)
                 for follower in self.scheduler.fork_followers(request):
-                    self.schedule.queue(follower, logits[row : row + 1], ())
+                    self.schedule.queue(follower, logits[row : row + 1], Guesses())
                 row += window.num_logits
 
     def _count(self, launch: Launch, verdicts: dict[int, tuple[int, ...]], seconds: float) -> None:
@@ -151,8 +163,7 @@ class DecodingLoop:
                 continue
             self.stats.generated_tokens += len(tokens)
             if request.finished or not request.pending:
-                valid = min(self.target.length(request.request_id), len(request.verified) - 1)
-                self.target.rollback(request.request_id, valid)
+                self._drop_guesses(request)
             if self.draft is not None and not self.schedule.is_resting:
                 self._tell(self.draft, request)
         for request in self.requests:
@@ -161,6 +172,14 @@ class DecodingLoop:
                 self.scheduler.end(request)
                 if self.draft is not None:
                     self.draft.send(Removal(request.request_id))
+
+    def _drop_guesses(self, request: Request) -> None:
+        """Drop from the target's cache what did not stand of the last window."""
+        if not request.guesses.is_line:
+            first = self.target.length(request.request_id) - len(request.guesses)
+            self.target.keep(request.request_id, first, [first + place for place in request.stood])
+        valid = min(self.target.length(request.request_id), len(request.verified) - 1)
+        self.target.rollback(request.request_id, valid)
 
     @staticmethod
     def _tell(draft: VerdictSink, request: Request) -> None:

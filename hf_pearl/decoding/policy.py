@@ -9,7 +9,6 @@ the policy, and the best `w` is found by trying them all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 MAX_WAIT = 16
@@ -130,13 +129,3 @@ def cycle_rate(
 def _expected_tokens(chance: float, num_guesses: float) -> float:
     """Accepted draft tokens plus one, of a window of `num_guesses` (Leviathan et al. 2023, equation 1)."""
     return (1.0 - chance ** (num_guesses + 1)) / (1.0 - chance)
-
-
-def num_worth_verifying(chances: Sequence[float], verify_above: float) -> int:
-    """How many tokens of a line to verify: while the chance of all up to there is above `verify_above`."""
-    product = 1.0
-    for place, chance in enumerate(chances):
-        product *= chance
-        if product <= verify_above:
-            return place
-    return len(chances)

@@ -83,12 +83,13 @@ class RecordedLane:
         """Let the time of a forward pass; `(sum of num_logits, vocab_size)`."""
         right: list[int] = []
         for window in windows:
+            start = self._lengths[window.request_id]
             self._lengths[window.request_id] += len(window.token_ids)
-            end = self._lengths[window.request_id]
             token_ids = self._token_ids[window.request_id]
-            right += [
-                token_ids[min(place, len(token_ids)) - 1] for place in range(end - window.num_logits + 1, end + 1)
-            ]
+            lengths = [start + 1 + place for place in range(len(window.token_ids))]
+            if window.branches is not None:
+                lengths = [window.branches.num_common + len(path) for path in window.branches.paths]
+            right += [token_ids[min(length, len(token_ids)) - 1] for length in lengths[-window.num_logits :]]
         self._advance(windows)
         return torch.nn.functional.one_hot(torch.tensor(right, dtype=torch.long), self._vocab_size).float()
 

@@ -6,7 +6,8 @@ from typing import Protocol
 
 import torch
 
-from .lines import usable
+from .guesses import Guesses
+from .lines import likeliest_line
 from .request import Request
 from .schedule import DraftRunner, Lockstep
 
@@ -27,15 +28,15 @@ class RejectionLockstep(Lockstep):
 
     draft: DrawingDraft
 
-    def queue(self, request: Request, logits: torch.Tensor, guesses: tuple[int, ...]) -> None:
+    def queue(self, request: Request, logits: torch.Tensor, guesses: Guesses) -> None:
         """Hand over a window's logits, when the draft steps beside its forward are done."""
-        line = usable(self.draft.tree(request.request_id), request).token_ids[: logits.shape[0]]
-        if line[: len(guesses)] != guesses:  # The draft has failed.
-            line = guesses
+        line = likeliest_line(self.draft.tree(request.request_id), request).token_ids[: logits.shape[0]]
+        if line[: len(guesses)] != guesses.token_ids:  # The draft has failed.
+            line = guesses.token_ids
         drawn: list[torch.Tensor] = []
         for position, token_id in enumerate(line, start=len(request.verified)):
             q = self.draft.distribution(request.request_id, position, token_id)
             if q is None:
                 break
             drawn.append(q)
-        request.queue(logits, line[: len(drawn)], drawn)
+        request.queue(logits[: len(drawn) + 1], Guesses.line(line[: len(drawn)]), drawn)

@@ -9,23 +9,26 @@ from typing import NamedTuple
 
 import torch
 
+from .guesses import Guesses
 from .noise import NoiseSource
 
 
 class PendingChoice(NamedTuple):
-    """The target's raw logits `(vocab_size,)` for a position, and the draft token that was put there (None: none).
+    """The target's raw logits `(vocab_size,)` behind a token, and the likeliest guess for what comes there, if any.
 
-    `place` counts the positions of the window from 0; `q` is what the draft token was drawn from, where that matters.
+    `behind` is the place of that token among the guesses of the window (-1: it is verified), and `depth` counts the
+    guesses up to it. `q` is what the guess was drawn from, where that matters.
     """
 
     logits: torch.Tensor
     guess: int | None
-    place: int
+    behind: int
+    depth: int
     q: torch.Tensor | None = None
 
 
 class JudgedGuess(NamedTuple):
-    """A guess whose fate is known: its place in its window (0 is the first), whether it stood, and whose it was."""
+    """What became of the guesses for a position, the `place`-th of its window: whether one stood, and whose it was."""
 
     place: int
     stood: bool
@@ -52,16 +55,19 @@ class Request:
         Its Gumbel noise; None when greedy.
     finished : bool
         A stopping rule has fired.
+    guesses : Guesses
+        What the present window verifies.
+    stood : list of int
+        Places of those that have been found to stand.
     pending : deque of PendingChoice
-        Logits that are computed but not judged: rows of a slab wait for each other.
+        Logits that are computed but not judged, those behind the verified tokens first: rows of a slab wait for each
+        other.
     judged : list of JudgedGuess
         Draft tokens judged since the loop last counted them.
     num_verdicts, num_told : int
         Verdicts that the draft was sent, and the verified tokens it knows.
-    first_looked_up : int or None
-        Place in the present window from which on guesses come from the text so far, not from the draft; None: nowhere.
     was_drafted : bool
-        The last verified token stands because the draft had guessed it.
+        The last verified token had been guessed.
     """
 
     request_id: int
@@ -75,9 +81,10 @@ class Request:
     is_released: bool = False
     num_verdicts: int = 0
     num_told: int = 0
+    guesses: Guesses = field(default_factory=Guesses)
+    stood: list[int] = field(default_factory=list)
     pending: deque[PendingChoice] = field(default_factory=deque)
     judged: list[JudgedGuess] = field(default_factory=list)
-    first_looked_up: int | None = None
     was_drafted: bool = False
     scores: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
@@ -100,23 +107,41 @@ class Request:
         """Draft tokens that may be verified at most: the target's own last choice needs a place too."""
         return max(0, self.max_length - len(self.verified) - 1)
 
-    def queue(self, logits: torch.Tensor, guesses: tuple[int, ...], distributions: Sequence[torch.Tensor] = ()) -> None:
-        """Take the logits `(num_rows, vocab_size)` of a window: each row waits for its turn, with its guess.
+    def queue(self, logits: torch.Tensor, guesses: Guesses, distributions: Sequence[torch.Tensor] = ()) -> None:
+        """Take the logits `(num_rows, vocab_size)` of a window: behind its last verified token, then behind each guess.
 
-        The last rows may have none. `distributions`, if given, are what the guesses were drawn from.
+        The last guess may have none. `distributions`, if given, are what the guesses of a line were drawn from.
         """
+        self.guesses, self.stood = guesses, []
+        depths = [0]
         for row in range(logits.shape[0]):
-            guess = guesses[row] if row < len(guesses) else None
+            behind = guesses.behind(row - 1)
+            if row:
+                depths.append(depths[guesses.parents[row - 1] + 1] + 1)
+            guess = guesses.token_ids[behind[0]] if behind else None
             q = distributions[row] if row < len(distributions) else None
-            self.pending.append(PendingChoice(logits[row], guess, row, q))
+            self.pending.append(PendingChoice(logits[row], guess, row - 1, depths[row], q))
 
     def take(self, token_id: int) -> None:
-        """One more verified token; the logits behind a guess that does not stand are dropped."""
+        """One more verified token; the logits behind guesses that do not stand are dropped."""
         choice = self.pending.popleft()
         self.verified.append(token_id)
-        self.was_drafted = choice.guess == token_id
-        if choice.guess is not None:
-            is_looked_up = self.first_looked_up is not None and choice.place >= self.first_looked_up
-            self.judged.append(JudgedGuess(choice.place, self.was_drafted, is_looked_up))
-        if not self.was_drafted:
+        behind = self.guesses.behind(choice.behind)
+        stood = next((place for place in behind if self.guesses.token_ids[place] == token_id), None)
+        self.was_drafted = stood is not None
+        if behind:
+            is_looked_up = self.guesses.are_looked_up[behind[0] if stood is None else stood]
+            self.judged.append(JudgedGuess(choice.depth, self.was_drafted, is_looked_up))
+        if stood is None:
             self.pending.clear()
+        else:
+            self.stood.append(stood)
+            self._keep_behind(stood)
+
+    def _keep_behind(self, place: int) -> None:
+        """Drop the logits that are not behind the guess at `place`, nor behind one that follows it."""
+        kept = {place}
+        for choice in list(self.pending):
+            if choice.behind in kept or self.guesses.parents[choice.behind] in kept:
+                kept.add(choice.behind)
+        self.pending = deque(choice for choice in self.pending if choice.behind in kept)

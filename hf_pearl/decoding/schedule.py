@@ -7,16 +7,16 @@ speculative decoding (Leviathan et al. 2023, arXiv 2211.17192).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from .lines import Guesses, Lines, usable
+from .guesses import Guesses
+from .lines import Lines, Proposal, likeliest_line
 from .lookup import LookupChances
 from .messages import TokenTree
-from .policy import Acceptance, ForwardTimes, LaunchRule, launch_rule, num_worth_verifying, worth_verifying_above
+from .policy import Acceptance, ForwardTimes, LaunchRule, launch_rule, worth_verifying_above
 from .request import Request
 
 
@@ -68,12 +68,12 @@ class NoDraft:
 
     is_resting = False
 
-    def before_forward(self, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
+    def before_forward(self, requests: Sequence[Request]) -> dict[int, Guesses]:
         """No draft tokens."""
         return {}
 
-    def queue(self, request: Request, logits: torch.Tensor, guesses: tuple[int, ...]) -> None:
-        """Hand over a window's logits `(num_rows, vocab_size)` and its draft tokens, to be judged."""
+    def queue(self, request: Request, logits: torch.Tensor, guesses: Guesses) -> None:
+        """Hand over a window's logits `(num_rows, vocab_size)` and its guesses, to be judged."""
         request.queue(logits, guesses)
 
     def after_forward(self) -> None:
@@ -92,14 +92,15 @@ class Lockstep(NoDraft):
         self.overlap = overlap
         self._granted = 0
 
-    def before_forward(self, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
+    def before_forward(self, requests: Sequence[Request]) -> dict[int, Guesses]:
         """The draft tokens of every request that the coming forward verifies."""
         if not self.overlap:
             self._draft()
             self.draft.wait(self._granted, STEP_TIMEOUT)
         guesses = {
-            request.request_id: usable(self.draft.tree(request.request_id), request).token_ids[: self.draft_length]
+            request.request_id: Guesses.line(line.token_ids[: self.draft_length])
             for request in requests
+            if (line := likeliest_line(self.draft.tree(request.request_id), request)).token_ids
         }
         if self.overlap:
             self._draft()
@@ -125,6 +126,8 @@ class FreeRunning(NoDraft):
     ----------
     lookup_chances : LookupChances, optional
         What is known of guesses that are looked up in the text so far; without it there are none.
+    verifies_tree : bool
+        Whether a forward may verify several lines of a request.
     """
 
     def __init__(
@@ -134,14 +137,15 @@ class FreeRunning(NoDraft):
         acceptance: Acceptance,
         overlap: bool = True,
         lookup_chances: LookupChances | None = None,
+        verifies_tree: bool = True,
     ) -> None:
         self.draft = draft
         self.forward_times = forward_times
         self.acceptance = acceptance
         self.overlap = overlap
-        self._lines = Lines(acceptance, lookup_chances)
+        self._lines = Lines(acceptance, lookup_chances, verifies_tree)
 
-    def before_forward(self, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
+    def before_forward(self, requests: Sequence[Request]) -> dict[int, Guesses]:
         """The draft tokens of every request that the coming forward verifies; waits for them where that pays."""
         step_seconds = self.draft.step_seconds
         rule = launch_rule(
@@ -154,49 +158,42 @@ class FreeRunning(NoDraft):
         for request in requests:
             self._lines.settle(request)
         for _ in range(self.draft.max_line):
-            guesses = {request.request_id: self._guesses(request) for request in requests}
-            if not self._wait_pays(requests, guesses, rule):
+            proposals = {request.request_id: self._propose(request, rule) for request in requests}
+            if not self._wait_pays(requests, proposals, rule):
                 break
             num_steps = self.draft.num_steps + 1
             if not self.overlap:
                 self.draft.grant(1)
             if not self.draft.wait(num_steps, timeout=0.005 + 4 * step_seconds):
                 break
-        return self._launch(requests, guesses, rule.verify_above)
+        return self._launch(requests, proposals)
 
-    def without_draft(self, requests: Sequence[Request], times: ForwardTimes) -> dict[int, tuple[int, ...]]:
+    def without_draft(self, requests: Sequence[Request], times: ForwardTimes) -> dict[int, Guesses]:
         """What can be looked up for every request, while the draft rests; `times` are those of forwards meanwhile."""
         for request in requests:
             self._lines.settle(request)
-        guesses = {request.request_id: self._lines.best(request, None) for request in requests}
-        return self._launch(requests, guesses, worth_verifying_above(times, max(1, len(requests))))
+        least = worth_verifying_above(times, max(1, len(requests)))
+        return self._launch(requests, {each.request_id: self._lines.propose(each, None, least) for each in requests})
 
-    def _guesses(self, request: Request) -> Guesses:
-        return self._lines.best(request, self.draft.tree(request.request_id))
+    def _propose(self, request: Request, rule: LaunchRule) -> Proposal:
+        return self._lines.propose(request, self.draft.tree(request.request_id), rule.verify_above)
 
-    def _launch(
-        self, requests: Sequence[Request], guesses: dict[int, Guesses], verify_above: float
-    ) -> dict[int, tuple[int, ...]]:
-        """Of every line what is worth verifying."""
-        launched = {}
+    def _launch(self, requests: Sequence[Request], proposals: dict[int, Proposal]) -> dict[int, Guesses]:
         for request in requests:
-            line = guesses[request.request_id]
-            num_tokens = num_worth_verifying(line.chances, verify_above)
-            launched[request.request_id] = line.token_ids[:num_tokens]
-            self._lines.launch(request, line, num_tokens)
-        return launched
+            self._lines.launch(request, proposals[request.request_id].guesses)
+        return {request_id: proposal.guesses for request_id, proposal in proposals.items()}
 
-    def _wait_pays(self, requests: Sequence[Request], guesses: dict[int, Guesses], rule: LaunchRule) -> bool:
+    def _wait_pays(self, requests: Sequence[Request], proposals: dict[int, Proposal], rule: LaunchRule) -> bool:
         """Whether the lines that may still grow are likely enough, on average over all rows, to be waited for."""
         if not self.draft.step_seconds and self.draft.concurrent and self.overlap:
             return False  # The worker has not started, or not yet made a step: the target does not wait for it.
         total = 0.0
         for request in requests:
-            guess = guesses[request.request_id]
-            if len(request.verified) > request.num_prompt_tokens and len(guess.token_ids) < min(
+            line = proposals[request.request_id].line
+            if len(request.verified) > request.num_prompt_tokens and len(line.token_ids) < min(
                 request.room, self.draft.max_line
             ):
-                total += math.prod(guess.chances)
+                total += line.chance
         return bool(requests) and total / len(requests) > rule.wait_above
 
     def learn(self, num_tokens: int, seconds: float, num_verified: int) -> None:

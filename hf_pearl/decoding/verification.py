@@ -77,17 +77,17 @@ class Verifier:
         else:
             noise = None
             if self.rules.do_sample:
-                noise = torch.cat([_noise(request, len(request.pending)) for request in waiting])
+                noise = torch.cat([_noise(request) for request in waiting])
             tokens = choose(scores, noise)
-        row = 0
+        first = 0
         for request in waiting:
-            first, num_waiting = row, len(request.pending)
+            rows = {choice.behind: row for row, choice in enumerate(request.pending, start=first)}
+            first += len(rows)
             while request.pending and not request.finished:
+                row = rows[request.pending[0].behind]
                 request.take(tokens[row])
                 record(request, self.rules, scores[row], logits[row])
                 request.finished = self._ends(request)
-                row += 1
-            row = first + num_waiting
 
     def _ends(self, request: Request) -> bool:
         length = request.num_padding + len(request.verified)
@@ -214,7 +214,11 @@ def record(request: Request, rules: Rules, scores: torch.Tensor, logits: torch.T
         request.logits.append(logits)
 
 
-def _noise(request: Request, num_positions: int) -> torch.Tensor:
+def _noise(request: Request, num_choices: int | None = None) -> torch.Tensor:
+    """Of the position of every choice that waits, or of the first ones: guesses for one position share its noise."""
     if request.noise is None:
         raise ValueError(f"request {request.request_id} has no noise to sample with")
-    return request.noise.rows(len(request.verified), num_positions)
+    depths = [choice.depth - request.pending[0].depth for choice in request.pending][:num_choices]
+    num_positions = max(depths) + 1
+    noise = request.noise.rows(len(request.verified), num_positions)
+    return noise if len(depths) == num_positions else noise[depths]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from .benefit import Benefit, Benefits
+from .guesses import Guesses
 from .request import Request
 from .schedule import DraftRunner, FreeRunning, NoDraft
 
@@ -54,7 +55,7 @@ class WhilePays(NoDraft):
         self._began = 0.0
         self._is_first = True
 
-    def before_forward(self, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
+    def before_forward(self, requests: Sequence[Request]) -> dict[int, Guesses]:
         """The draft tokens of every request that the coming forward verifies; those looked up while the draft rests."""
         self._began = self._clock()
         self._num_rows = max(1, sum(not request.finished for request in self._call))  # Some may be ahead and wait.
