@@ -97,7 +97,7 @@ class DecodingLoop:
         self.schedule.after_forward()
         self._queue(launch, logits)
         verdicts = self.verifier.judge()
-        self._count(launch, verdicts, ended - started)
+        self._count(launch, verdicts, self.clock() - started)
         self._commit(verdicts)
 
     def _forward(self, waiting: Sequence[Request], guesses: dict[int, Guesses]) -> tuple[Launch, torch.Tensor]:
