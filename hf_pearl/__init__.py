@@ -20,6 +20,7 @@ from .pair import load_demo_pair
 from .registry import clear_cache, release
 from .simulate import SimulatedTimes, record_traces, simulate
 from .smollm2 import load_smollm2_pair
+from .tuning import Tuning, tune
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "PearlUnsupportedModelError",
     "PearlWorkerError",
     "SimulatedTimes",
+    "Tuning",
     "clear_cache",
     "disable",
     "enable",
@@ -42,4 +44,5 @@ __all__ = [
     "record_traces",
     "release",
     "simulate",
+    "tune",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import threading
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import GenerationMixin
@@ -46,6 +48,18 @@ def disable(model: Any = None) -> None:
         inner = generative_model(model)
         if _is_enabled(inner):
             del inner.generate
+
+
+@contextmanager
+def enabled(model: Any) -> Iterator[None]:
+    """A scope in which one model has the argument `pearl`, and after which it is as it was before."""
+    was_enabled = _is_enabled(generative_model(model))
+    enable(model)
+    try:
+        yield
+    finally:
+        if not was_enabled:
+            disable(model)
 
 
 def _is_enabled(model: Any) -> bool:

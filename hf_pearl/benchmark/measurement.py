@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..parallel.cores import available_cores
+from ..registry import release
 from .completion import Batch, Completion, Workload, complete
 from .methods import Method, Setting
 from .near_tie import first_difference, is_near_tie
@@ -92,14 +93,29 @@ def measure(workload: Workload, methods: Sequence[Method], num_runs: int, advanc
     """Measure every method `num_runs` times on every prompt, in turns.
 
     Every method has a draft of its own, with the same weights, and so an engine and a worker of its own: what one
-    learns about its times says nothing about those of another.
+    learns about its times says nothing about those of another. They end with the measurement.
 
     Parameters
     ----------
     advance : callable
         Called with a method's name before it is warmed up, before each of its trials and before each of its calls.
     """
-    own = {method.name: replace(workload, draft=sharing_copy(workload.draft)) for method in methods}
+    drafts = {each.name: workload.draft if each.runs_on_pair else sharing_copy(workload.draft) for each in methods}
+    own = {name: replace(workload, draft=draft) for name, draft in drafts.items()}
+    try:
+        results = _run_in_turns(own, methods, num_runs, advance)
+    finally:
+        for draft in drafts.values():
+            if draft is not workload.draft:
+                release(draft)
+    reference = results[reference_name(workload)].runs[0]
+    return Measurement(workload, tuple(_compared(workload, results[method.name], reference) for method in methods))
+
+
+def _run_in_turns(
+    own: Mapping[str, Workload], methods: Sequence[Method], num_runs: int, advance: Advance
+) -> dict[str, MethodResult]:
+    """What every method did, by name, on the workload with its own draft."""
     chosen: dict[str, Setting] = {}
     results: dict[str, MethodResult] = {}
     for method in methods:
@@ -112,7 +128,7 @@ def measure(workload: Workload, methods: Sequence[Method], num_runs: int, advanc
     runs: dict[str, list[list[Completion]]] = {name: [[] for _ in range(num_runs)] for name in chosen}
     turns = list(chosen)
     for run in range(num_runs):
-        for batch in workload.batches:
+        for batch in next(iter(own.values())).batches:
             for name in turns:
                 advance(name)
                 runs[name][run].append(complete(own[name], chosen[name], batch))
@@ -120,8 +136,7 @@ def measure(workload: Workload, methods: Sequence[Method], num_runs: int, advanc
     for method in methods:
         if method.name in chosen:
             results[method.name] = MethodResult(method, chosen[method.name], tuple(map(tuple, runs[method.name])))
-    reference = results[reference_name(workload)].runs[0]
-    return Measurement(workload, tuple(_compared(workload, results[method.name], reference) for method in methods))
+    return results
 
 
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -132,9 +147,9 @@ def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def num_calls(workload: Workload, methods: Sequence[Method], num_runs: int) -> int:
     """How often `measure` calls `advance` at most."""
-    num_counts = len(thread_counts(workload.target.device))
     trials = 0
     for method in methods:
+        num_counts = len(thread_counts(workload.target.device)) if method.tries_threads else 1
         trials += 1 + sum(NUM_TRIALS * n for n in (num_counts, len(method.candidates)) if n > 1)
     return trials + num_runs * len(methods) * len(workload.batches)
 
@@ -156,13 +171,15 @@ def choose(workload: Workload, method: Method, advance: Advance = str) -> Settin
     workload = replace(workload, max_new_tokens=min(TRIAL_TOKENS, workload.max_new_tokens))
     advance(method.name)
     stats = warm_up(workload, default).stats
-    counts = thread_counts(workload.target.device, "none" if stats is None else stats.execution)
 
     def seconds_per_token(setting: Setting) -> float:
         advance(method.name)
         done = [complete(workload, setting, batch) for batch in trial_batches(workload)]
         return sum(each.seconds for each in done) / sum(each.num_tokens for each in done)
 
+    if not method.tries_threads:
+        return _fastest(method.candidates, seconds_per_token)
+    counts = thread_counts(workload.target.device, "none" if stats is None else stats.execution)
     best = _fastest([replace(default, num_threads=count) for count in counts], seconds_per_token)
     return _fastest([best, *(replace(each, num_threads=best.num_threads) for each in variants)], seconds_per_token)
 

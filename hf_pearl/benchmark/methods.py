@@ -80,11 +80,17 @@ class Method:
         What it is, in some words.
     candidates : tuple of Setting
         What is worth a trial, its default first.
+    tries_threads : bool
+        Whether its best number of threads is found, too; else it runs with as many as there are.
+    runs_on_pair : bool
+        Whether it runs on the engine of the very pair, which stays warm, and not on one of a copy of the draft.
     """
 
     name: str
     summary: str
     candidates: tuple[Setting, ...]
+    tries_threads: bool = True
+    runs_on_pair: bool = False
 
     @property
     def is_ours(self) -> bool:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..pair import PACKAGED
@@ -18,7 +18,8 @@ from .methods import Method
 
 def measure_with_progress(workload: Workload, methods: Sequence[Method], num_runs: int) -> Measurement:
     """Measure, under a progress bar (seldom renewed where it goes into a log)."""
-    total, interval = num_calls(workload, methods, num_runs), 0.1 if sys.stderr.isatty() else 10.0
+    total, is_watched = num_calls(workload, methods, num_runs), sys.stderr.isatty() or "ipykernel" in sys.modules
+    interval = 0.1 if is_watched else 10.0
     with tqdm(total=total, unit="call", desc="measuring", leave=False, mininterval=interval) as bar:
 
         def advance(method: str) -> None:
