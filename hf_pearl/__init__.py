@@ -18,7 +18,7 @@ from .generation import PearlGenerationMixin
 from .outputs import PearlGenerateOutput
 from .pair import load_demo_pair
 from .registry import clear_cache, release
-from .simulate import SimulatedTimes, record_traces, simulate
+from .simulate import SimulatedTimes, Trace, record_traces, simulate
 from .smollm2 import load_smollm2_pair
 from .tuning import Tuning, tune
 
@@ -35,6 +35,7 @@ __all__ = [
     "PearlUnsupportedModelError",
     "PearlWorkerError",
     "SimulatedTimes",
+    "Trace",
     "Tuning",
     "clear_cache",
     "disable",

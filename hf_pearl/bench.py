@@ -3,26 +3,28 @@
 generation  transformers' ways of decoding and ours on the same prompts, in turns, each at its own best setting; what
             each part of PEARL gives; speeds are shown of methods whose output is right
 cache       the paged cache beside transformers' `DynamicCache`: decode steps, prefill, memory, forks, block sizes
+efficiency  PEARL's default beside what its schedule would take if nothing but the two models took time
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from .benchmark import BENCH, Workload, describe_machine, describe_versions, notes, table
+from .benchmark import BENCH, Workload, notes, table
 from .benchmark.cache_suite import NUM_TURNS, measure_cache
 from .benchmark.cache_table import cache_table
+from .benchmark.efficiency_suite import measure_efficiency, num_profiles
+from .benchmark.efficiency_table import efficiency_table
 from .benchmark.grid_tables import summary_table, title, titled_tables
 from .benchmark.heavier import heavier
 from .benchmark.plot import MISSING, is_matplotlib_available, plot
-from .benchmark.recording import describe_model, figures, measure_with_progress
+from .benchmark.recording import describe_model, described, figures, measure_with_progress
 from .command_line import (
     UsageError,
     add_pair_options,
@@ -44,28 +46,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--suite", choices=sorted(SUITES), default="generation", help="default: generation")
     add_pair_options(parser)
-    for add, _ in SUITES.values():
+    for add in OPTIONS:
         add(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 where a method wrote something else than the reference, and not at a near-tie."""
-    for suite, (add, _) in SUITES.items():
+    for add, suites in OPTIONS.items():
         parser = argparse.ArgumentParser()
         add(parser)
         for name, default in vars(parser.parse_args([])).items():
-            if suite != args.suite and getattr(args, name) != default:
-                raise UsageError(f"--{name.replace('_', '-')} is an option of --suite {suite}")
-    return SUITES[args.suite][1](args)
+            if args.suite not in suites and getattr(args, name) != default:
+                raise UsageError(f"--{name.replace('_', '-')} is an option of --suite {' and '.join(suites)}")
+    return SUITES[args.suite](args)
 
 
-def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """What `--suite generation` can be told; every combination of the lists is a measurement of its own."""
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """What suites can be told that decode; every combination of the lists is a measurement of its own."""
     add_workload_options(parser, many=True)
-    group = parser.add_argument_group("measurement (--suite generation)")
-    group.add_argument(
-        "--batch-size", metavar="N", type=positive_int, nargs="+", default=[1], help="prompts per call (default: 1)"
-    )
+    group = parser.add_argument_group("measurement (--suite generation, efficiency)")
     group.add_argument(
         "--target-cost",
         metavar="X",
@@ -75,10 +74,18 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         help="give the target X times its work, with the same output, to stand in for a larger one (default: 1)",
     )
     group.add_argument("--runs", metavar="N", type=positive_int, default=3, help="take medians of N runs (default: 3)")
+    group.add_argument("--markdown", metavar="FILE", type=writable_file, help="write the tables to FILE, too")
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """What `--suite generation` alone can be told."""
+    group = parser.add_argument_group("measurement (--suite generation)")
+    group.add_argument(
+        "--batch-size", metavar="N", type=positive_int, nargs="+", default=[1], help="prompts per call (default: 1)"
+    )
     group.add_argument(
         "--json-folder", metavar="FOLDER", type=existing_folder, help="write each measurement's figures to a file in it"
     )
-    group.add_argument("--markdown", metavar="FILE", type=writable_file, help="write the tables to FILE, too")
     group.add_argument("--plot", metavar="FILE", type=writable_file, help="draw all speed-ups (PNG); needs matplotlib")
 
 
@@ -87,7 +94,7 @@ def run_generation(args: argparse.Namespace) -> int:
     if args.plot is not None and not is_matplotlib_available():
         raise UsageError(f"--plot {args.plot}: {MISSING}")
     measured = []
-    for cost, workload in _workloads(args):
+    for cost, workload in _workloads(args, args.batch_size):
         enable(workload.target)
         try:
             measurement = measure_with_progress(workload, BENCH, args.runs)
@@ -105,10 +112,10 @@ def run_generation(args: argparse.Namespace) -> int:
     return int(any(each["first_differences"] > each["near_ties"] for each in measured))
 
 
-def _workloads(args: argparse.Namespace) -> Iterator[tuple[float, Workload]]:
+def _workloads(args: argparse.Namespace, batch_sizes: Sequence[int]) -> Iterator[tuple[float, Workload]]:
     target, draft, _ = pair = load_pair(args)
     prompts = make_prompts(args, pair)
-    for batch_size in args.batch_size:
+    for batch_size in batch_sizes:
         if len(prompts) % batch_size:
             raise UsageError(f"--batch-size {batch_size}: {len(prompts)} prompts (--num-prompts) fill no whole batches")
     print(f"target: {describe_model(target)}\ndraft:  {describe_model(draft)}")
@@ -117,7 +124,7 @@ def _workloads(args: argparse.Namespace) -> Iterator[tuple[float, Workload]]:
             heavy = heavier(target, cost)
         except NotImplementedError as error:
             raise UsageError(f"--target-cost {cost:g}: {error}") from error
-        for temperature, batch_size in product(args.temperature, args.batch_size):
+        for temperature, batch_size in product(args.temperature, batch_sizes):
             yield cost, Workload(heavy, draft, prompts, args.max_new_tokens, temperature, args.seed, batch_size)
 
 
@@ -131,10 +138,15 @@ def _document(measured: list[dict[str, Any]]) -> str:
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
-    """What `--suite cache` can be told."""
+    """What `--suite cache` alone can be told."""
     group = parser.add_argument_group("measurement (--suite cache)")
     group.add_argument("--steps", metavar="N", type=positive_int, default=20, help="take medians of N (default: 20)")
     group.add_argument("--threads", metavar="N", type=positive_int, help="of the CPU (default: torch's)")
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Of the suites that make one file."""
+    group = parser.add_argument_group("measurement (--suite cache, efficiency)")
     group.add_argument("--json", metavar="FILE", type=writable_file, help="write the figures to FILE, too")
 
 
@@ -157,9 +169,7 @@ def run_cache(args: argparse.Namespace) -> int:
         "dtype": str(model.dtype).removeprefix("torch."),
         "num_threads": torch.get_num_threads(),
         "num_steps": args.steps,
-        "command": " ".join(["python -m hf_pearl", *sys.argv[1:]]),
-        "machine": describe_machine(model.device),
-        "versions": describe_versions(),
+        **described(model.device),
     }
     print(cache_table(measured))
     if args.json is not None:
@@ -167,8 +177,41 @@ def run_cache(args: argparse.Namespace) -> int:
     return 0
 
 
-Suite = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
-SUITES: dict[str, Suite] = {
-    "generation": (add_generation_options, run_generation),
-    "cache": (add_cache_options, run_cache),
+def run_efficiency(args: argparse.Namespace) -> int:
+    """Measure how near every combination of cost and temperature comes to its ideal, a prompt at a time."""
+    measured: list[dict[str, Any]] = []
+    for cost, workload in _workloads(args, [1]):
+        enable(workload.target)
+        try:
+            with tqdm(total=num_profiles(workload, args.runs), unit="call", desc="measuring", leave=False) as bar:
+                found = measure_efficiency(workload, args.runs, bar.update)
+        finally:
+            disable(workload.target)
+            release(workload.target)
+        measured.append({"target_cost": cost, "temperature": workload.temperature, **found})
+    saved = {
+        "efficiencies": measured,
+        "num_runs": args.runs,
+        "workload": workload.as_dict(),
+        **described(workload.target.device),
+    }
+    print(efficiency_table(saved))
+    if args.json is not None:
+        write_json(args.json, saved)
+    if args.markdown is not None:
+        args.markdown.write_text(efficiency_table(saved) + "\n", "utf-8")
+    return 0
+
+
+# Every group of options, and the suites that know it.
+OPTIONS: dict[Callable[[argparse.ArgumentParser], None], tuple[str, ...]] = {
+    add_text_options: ("generation", "efficiency"),
+    add_generation_options: ("generation",),
+    add_cache_options: ("cache",),
+    add_json_option: ("cache", "efficiency"),
+}
+SUITES: dict[str, Callable[[argparse.Namespace], int]] = {
+    "generation": run_generation,
+    "cache": run_cache,
+    "efficiency": run_efficiency,
 }

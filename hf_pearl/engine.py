@@ -229,8 +229,9 @@ class PearlEngine:
         stats.drafted_tokens = report.num_drafted
         stats.wasted_draft_tokens = report.num_drafted - (stats.accepted_tokens - stats.accepted_looked_up_tokens)
         stats.draft_prefilled_tokens = report.num_prefilled
-        stats.draft_seconds = sum(end - start for start, end in report.intervals)
-        stats.overlap_seconds = overlap(loop.intervals, report.intervals)
+        intervals = [(step.started, step.ended) for step in report.timeline]
+        stats.draft_seconds = sum(end - start for start, end in intervals)
+        stats.overlap_seconds = overlap(loop.intervals, intervals)
         if runner.error is not None:
             logger.warning(
                 f"The draft lane failed, and the call went on without it: {type(runner.error).__name__}: {runner.error}"

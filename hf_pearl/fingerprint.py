@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,10 @@ def fingerprint(model: torch.nn.Module) -> Hashable:
     `hf_pearl.clear_cache(model)` is for these.
     """
     _watch_optimizers()
-    tensors = tuple(_state(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
-    return tensors, _active_adapters(model), _hooks(model), _autocast(model)
+    modules = list(model.modules())  # One walk: this is done before every call.
+    kinds = (tensors for module in modules for tensors in (module._parameters, module._buffers))
+    states = tuple(_state(tensor) for tensors in kinds for tensor in tensors.values() if tensor is not None)
+    return states, _active_adapters(modules), _hooks(modules), _autocast(model)
 
 
 def _autocast(model: torch.nn.Module) -> Hashable:
@@ -57,21 +59,23 @@ def _state(tensor: torch.Tensor) -> Hashable:
     return WeakIdRef(tensor), storage, tensor.data_ptr(), version, _steps.get(tensor, 0), tensor.dtype
 
 
-def _hooks(model: torch.nn.Module) -> tuple[Hashable, ...]:
+def _hooks(modules: Sequence[torch.nn.Module]) -> tuple[Hashable, ...]:
     """Forward hooks, by numbers that torch never uses twice; they may change what a layer computes."""
     hooks = (
         (tuple(module._forward_hooks), tuple(module._forward_pre_hooks))
-        for module in model.modules()
+        for module in modules
         if module._forward_hooks or module._forward_pre_hooks
     )
     return tuple(hooks)
 
 
-def _active_adapters(model: torch.nn.Module) -> tuple[Hashable, ...]:
+def _active_adapters(modules: Sequence[torch.nn.Module]) -> tuple[Hashable, ...]:
     """Adapter state of every PEFT layer, `(active adapters, disabled, merged)`; empty without PEFT."""
-    states = []
-    for module in model.modules():
-        active = getattr(module, "active_adapters", None)
+    states: list[Hashable] = []
+    for module in modules:
+        # In this order it takes a third of the time where there is none: a module looks for it in all its parts.
+        has_any = hasattr(type(module), "active_adapters") or "active_adapters" in vars(module)
+        active: Any = getattr(module, "active_adapters", None) if has_any else None
         if isinstance(active, list | tuple):
             state = (tuple(active), getattr(module, "disable_adapters", False), bool(getattr(module, "merged", False)))
             scaling = getattr(module, "scaling", None)

@@ -21,14 +21,19 @@ from .decoding.messages import Admission
 from .decoding.noise import request_seed
 from .decoding.proposal import Prefix, Proposer
 from .decoding.recorded import TracedGuess
-from .decoding.simulation import Costs, simulate_run
+from .decoding.simulation import Costs, Learnt, simulate_run
 from .generation import pearl_generate
 from .parallel.lane import output_vocab_size
 
 MAX_DRAFT_LENGTH = 16
 PATIENCE = 3  # draft lengths without a gain after which longer ones are not tried
 
-Trace = Sequence[TracedGuess]
+
+class Trace(NamedTuple):
+    """What the target said behind a prompt, and what the draft would have guessed at each position of that."""
+
+    prompt_ids: tuple[int, ...]
+    guesses: tuple[TracedGuess, ...]
 
 
 class SimulatedTimes(NamedTuple):
@@ -73,7 +78,7 @@ def record_traces(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
-) -> list[list[TracedGuess]]:
+) -> list[Trace]:
     """Let the target continue every prompt, and note at each position what the draft would have guessed.
 
     Parameters
@@ -96,33 +101,35 @@ def record_traces(
         input_ids = torch.tensor([list(prompt)], device=target.device)
         options |= {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         token_ids = pearl_generate(generate, target, PearlConfig(seed=seed), (), options)[0].tolist()
-        traces.append(_trace(target, draft, token_ids, len(prompt), temperature, seed))
+        traces.append(trace_of(target, draft, token_ids, len(prompt), temperature, seed))
     return traces
 
 
 @torch.no_grad()
-def _trace(
+def trace_of(
     target: PreTrainedModel,
     draft: PreTrainedModel,
     token_ids: list[int],
     num_prompt_tokens: int,
     temperature: float,
     seed: int,
-) -> list[TracedGuess]:
+) -> Trace:
+    """What the draft would have guessed at each position of a text behind its first `num_prompt_tokens` tokens."""
     logits = draft(torch.tensor([token_ids], device=draft.device)).logits[0]
     processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)] if temperature > 0 else [])
     proposer = Proposer(output_vocab_size(target), processors)
     call_seed = request_seed(seed, 0) if temperature > 0 else None
     proposer.admit(Admission(0, tuple(token_ids[:num_prompt_tokens]), len(token_ids), 0, call_seed))
-    trace = []
+    traced = []
     for length in range(num_prompt_tokens, len(token_ids)):
         prefix = Prefix(0, length, lambda: token_ids)
         guesses = proposer.propose(logits[length - 1 : length], [prefix], MAX_RANKS)[0]
         ranks = [rank for rank, guess in enumerate(guesses) if guess.token_id == token_ids[length]]
         confidence, *others = (guess.confidence for guess in guesses)
         rank = ranks[0] if ranks else None
-        trace.append(TracedGuess(rank == 0, confidence, rank, tuple(others), token_ids[length]))
-    return trace
+        guess_ids = tuple(guess.token_id for guess in guesses)
+        traced.append(TracedGuess(rank == 0, confidence, rank, tuple(others), token_ids[length], guess_ids))
+    return Trace(tuple(token_ids[:num_prompt_tokens]), tuple(traced))
 
 
 def simulate(
@@ -130,7 +137,8 @@ def simulate(
 ) -> SimulatedTimes:
     """How long every schedule would take on recorded traces, one after the other.
 
-    PEARL's schedules are not modelled but run, under a virtual clock.
+    PEARL's schedules are not modelled but run, under a virtual clock. What they learn of a trace they know in the next,
+    as an engine does. Prompts are taken to be cached: they take no time.
 
     Parameters
     ----------
@@ -141,12 +149,16 @@ def simulate(
     target_forward : callable
         Seconds of a target forward over so many tokens.
     """
-    if not traces or not all(traces):
+    if not traces or not all(trace.guesses for trace in traces):
         raise ValueError("`traces` must hold at least one trace, and every trace a position; got none.")
     costs = Costs(draft_step, target_forward)
 
     def seconds(draft_length: int | str | None, overlap: bool = True) -> float:
-        return sum(simulate_run([trace], costs, draft_length, overlap).seconds for trace in traces)
+        learnt, rows = Learnt(), [([trace.guesses], [trace.prompt_ids]) for trace in traces]
+        return sum(
+            simulate_run(guesses, costs, draft_length, overlap, prompts=prompts, learnt=learnt).seconds
+            for guesses, prompts in rows
+        )
 
     sequential, sequential_length = _best(lambda length: seconds(length, overlap=False))
     lockstep, lockstep_length = _best(seconds)
@@ -174,7 +186,7 @@ def _best(seconds: Callable[[int], float]) -> tuple[float, int]:
 def _bound(trace: Trace, target_forward: Callable[[int], float]) -> float:
     """Each forward verifies all guesses that stand, and its own token replaces the first that does not."""
     total, num_stood = 0.0, 0
-    for guess in trace:
+    for guess in trace.guesses:
         if guess.stands:
             num_stood += 1
         else:

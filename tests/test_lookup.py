@@ -12,9 +12,10 @@ from models import enabled_for_tiny_models
 from hf_pearl.decoding.lines import Lines
 from hf_pearl.decoding.lookup import MAX_MATCH, MIN_MATCH, LookupChances, PromptLookup
 from hf_pearl.decoding.messages import TokenTree
-from hf_pearl.decoding.policy import Acceptance
+from hf_pearl.decoding.policy import Acceptance, ForwardTimes
 from hf_pearl.decoding.recorded import TracedGuess
 from hf_pearl.decoding.request import Request
+from hf_pearl.decoding.schedule import FreeRunning
 from hf_pearl.decoding.simulation import Costs, simulate_run
 
 TEXTS = st.lists(st.integers(0, 2), max_size=40)
@@ -128,6 +129,41 @@ def test_what_became_of_the_guesses_is_learnt_once() -> None:
     assert acceptance.chance != Acceptance().chance
 
 
+class BusyDraft:
+    """It never has a line, and counts how often it is waited for."""
+
+    concurrent, is_ready = True, True
+    step_seconds, max_line, num_steps = 1.0, 32, 0
+
+    def __init__(self) -> None:
+        self.num_waits = 0
+
+    def tree(self, request_id: int) -> None:
+        return None
+
+    def grant(self, num_steps: int) -> None:
+        raise AssertionError("nobody waits for grants in a free-running schedule")
+
+    rest = grant
+
+    def wait(self, num_steps: int, timeout: float) -> bool:
+        self.num_waits += 1
+        return False
+
+
+@pytest.mark.parametrize(("token_ids", "is_waited_for"), [([1, 2, 3, 4, 5, 1, 2, 3], False), (range(8), True)])
+def test_what_was_looked_up_is_not_waited_for(token_ids: Sequence[int], is_waited_for: bool) -> None:
+    """No draft step makes such a line longer; where nothing is found, the same schedule waits for the draft."""
+    forward_times, chances, draft = ForwardTimes(), LookupChances(), BusyDraft()
+    forward_times.record(1, 8.0)
+    for match in range(MIN_MATCH, MAX_MATCH + 1):
+        for _ in range(500):
+            chances.judge(match, True)
+    row = Request(0, 5, (), 100, list(token_ids))
+    guesses = FreeRunning(draft, forward_times, Acceptance(), True, chances).before_forward([row])
+    assert bool(draft.num_waits) == is_waited_for == (not guesses[0])
+
+
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_text_that_repeats_itself_needs_no_draft(num_rows: int) -> None:
     """A draft that is always wrong; the text is a loop of 20 tokens."""
@@ -143,3 +179,16 @@ def test_text_without_repetition_has_no_looked_up_guesses() -> None:
     trace = [TracedGuess(True, 0.9, token_id=place) for place in range(100)]
     stats = simulate_run([trace], Costs(lambda _: 1.0, lambda _: 8.0)).stats
     assert stats.accepted_looked_up_tokens == 0 < stats.accepted_tokens
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_simulated_call_looks_up_in_its_prompt(num_rows: int) -> None:
+    """A draft that is always wrong; the texts repeat nothing but their prompts, which are of different lengths."""
+    prompts = [range(100 * row, 100 * row + 60 + row) for row in range(num_rows)]
+    traces = [[TracedGuess(False, 0.5, token_id=token_id) for token_id in prompt[:50]] for prompt in prompts]
+    costs = Costs(lambda num_guesses: 1.0, lambda num_tokens: 8.0 + 0.1 * num_tokens)
+    alone = simulate_run(traces, costs).stats
+    behind = simulate_run(traces, costs, prompts=prompts).stats
+    assert behind.generated_tokens == alone.generated_tokens == 50 * num_rows
+    assert behind.accepted_looked_up_tokens > 25 * num_rows > 0 == alone.accepted_looked_up_tokens
+    assert behind.prefilled_tokens == num_rows, "all of a prompt but its last token is cached"

@@ -37,6 +37,7 @@ from transformers.generation import logits_process
 
 import hf_pearl
 from hf_pearl import PearlConfig
+from hf_pearl.decoding.drafting import MAX_WIDTH
 from hf_pearl.decoding.messages import Admission, Grant, Removal, TokenTree, Verdict
 from hf_pearl.parallel import processes, records, shared_memory, worker_process
 from hf_pearl.parallel.cores import available_cores
@@ -549,7 +550,7 @@ def test_a_call_begins_while_the_worker_starts() -> None:
         call.send(Verdict(shared_memory.NUM_SLOTS + 4, 1, (3,)))
         assert call.tree(shared_memory.NUM_SLOTS + 4) is None
         report = call.finish()
-        assert (report.num_steps, report.intervals) == (0, ())
+        assert (report.num_steps, report.timeline) == (0, ())
         assert call.finish() == report
         assert worker.wait_until_ready(START_SECONDS)
         late = worker.call(64, LogitsProcessorList(), 0, True)
@@ -560,7 +561,11 @@ def test_a_call_begins_while_the_worker_starts() -> None:
         assert line is not None and (line.request_id, line.verdict, line.root) == (0, 1, 59 * 80 + 2)
         late.send(Removal(0))
         assert late.tree(0) is None
-        assert late.finish().num_prefilled == 59 * 80
+        report = late.finish()
+        assert report.num_prefilled == 59 * 80
+        assert [step.num_guesses for step in report.timeline][:5] == [1] * 5, "a long prompt is read in five parts"
+        assert all(1 <= step.num_guesses <= MAX_WIDTH for step in report.timeline)
+        assert all(step.started < step.ended for step in report.timeline)
     finally:
         worker.close()
 

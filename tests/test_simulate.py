@@ -14,6 +14,7 @@ import hf_pearl
 from hf_pearl import PearlConfig
 from hf_pearl.decoding.recorded import TracedGuess
 from hf_pearl.decoding.simulation import Costs, simulate_run
+from hf_pearl.simulate import Trace
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,8 +23,9 @@ def enabled() -> Iterator[None]:
         yield
 
 
-def trace_of(stands: list[bool]) -> list[TracedGuess]:
-    return [TracedGuess(each, 0.9 if each else 0.4, 0 if each else None) for each in stands]
+def trace_of(stands: list[bool]) -> Trace:
+    guesses = (TracedGuess(each, 0.9 if each else 0.4, 0 if each else None) for each in stands)
+    return Trace((0,), tuple(guesses))
 
 
 def test_a_short_trace_by_hand() -> None:
@@ -47,8 +49,8 @@ def test_nothing_is_faster_than_the_bound(stands: list[list[bool]], ratio: float
 def test_a_draft_that_is_the_target_is_always_right(temperature: float) -> None:
     target = tiny_model("llama", 1)
     traces = hf_pearl.record_traces(target, target, [[5, 6], [7]], 20, temperature, seed=3)
-    assert [len(trace) for trace in traces] == [20, 20]
-    assert all(guess.stands and guess.rank == 0 for trace in traces for guess in trace)
+    assert [(trace.prompt_ids, len(trace.guesses)) for trace in traces] == [((5, 6), 20), ((7,), 20)]
+    assert all(guess.stands and guess.rank == 0 for trace in traces for guess in trace.guesses)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -57,9 +59,9 @@ def test_a_recorded_trace_takes_as_many_forwards_as_the_call_itself(temperature:
     target = tiny_model("qwen3", 1)
     draft = noisy_copy(target, 0.05, 1)
     trace = hf_pearl.record_traces(target, draft, [[5]], 60, temperature, seed=3)[0]
-    assert 5 < sum(guess.stands for guess in trace) < 58
+    assert 5 < sum(guess.stands for guess in trace.guesses) < 58
     costs = Costs(lambda _: 1.0, lambda _: 4.0)
-    simulated = simulate_run([trace], costs, draft_length, overlap=False).stats
+    simulated = simulate_run([trace.guesses], costs, draft_length, overlap=False, prompts=[trace.prompt_ids]).stats
     config = PearlConfig(draft_length=draft_length, overlap=False, execution="inline", seed=3)
     options = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     output = target.generate(
@@ -80,7 +82,7 @@ def test_recording_needs_no_enabled_model() -> None:
     try:
         with pytest.raises(ValueError, match="pearl"):
             target.generate(torch.tensor([[5]]), max_new_tokens=4, pearl=True)
-        assert len(hf_pearl.record_traces(target, target, [[5]], 4)[0]) == 4
+        assert len(hf_pearl.record_traces(target, target, [[5]], 4)[0].guesses) == 4
     finally:
         hf_pearl.enable()
 
@@ -89,6 +91,6 @@ def test_bad_arguments_are_refused_by_name() -> None:
     target = tiny_model("llama", 1)
     with pytest.raises(ValueError, match=r"`temperature` .* got -1"):
         hf_pearl.record_traces(target, target, [[5]], 4, temperature=-1.0)
-    for traces in ([], [[]]):
+    for traces in ([], [Trace((5,), ())]):
         with pytest.raises(ValueError, match="`traces`"):
             hf_pearl.simulate(traces, lambda n: 1.0, lambda n: 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from hf_pearl.decoding.policy import (
     launch_rule,
 )
 from hf_pearl.decoding.recorded import TracedGuess
-from hf_pearl.decoding.simulation import Costs, simulate_run
+from hf_pearl.decoding.simulation import Costs, Learnt, simulate_run
 from hf_pearl.decoding.stats import Interval, overlap
 
 FORWARD, STEP = 5.0, 1.0
@@ -205,6 +206,25 @@ def test_the_counts_of_a_run_add_up(
     assert seconds >= stats.target_forwards * ratio * (1 - 1e-9)
     if draft_length is None:
         assert stats.accepted_tokens == stats.verified_draft_tokens == 0
+
+
+def test_reading_the_prompts_takes_what_it_is_said_to_take() -> None:
+    """Plain decoding by hand; the draft cannot be of use before it has read the prompt, which takes as long as all."""
+    trace = trace_of([True] * 20)
+    costs = Costs(lambda _: 1.0, lambda _: 4.0, target_prefill=10.0, draft_prefill=1000.0)
+    assert simulate_run([trace], costs, None).seconds == 10.0 + 19 * 4.0
+    drafted = simulate_run([trace], costs)
+    assert (drafted.seconds, drafted.stats.accepted_tokens) == (10.0 + 19 * 4.0, 0)
+    assert simulate_run([trace], replace(costs, draft_prefill=2.0)).seconds < 10.0 + 10 * 4.0
+    assert drafted.stats.target_seconds == drafted.seconds
+
+
+def test_what_one_run_learns_the_next_one_knows() -> None:
+    """The draft is always right and hardly ever sure: the first run has to find that out."""
+    trace, costs = trace_of([True] * 200, 0.05), Costs(lambda _: 1.0, lambda _: 4.0)
+    learnt = Learnt()
+    first, second = (simulate_run([trace], costs, learnt=learnt).seconds for _ in range(2))
+    assert second < 0.9 * first == 0.9 * simulate_run([trace], costs).seconds
 
 
 def disjoint_intervals(ends: list[int]) -> list[Interval]:

@@ -45,6 +45,19 @@ class Workload:
         ids = self.target.generation_config.eos_token_id
         return frozenset([ids] if isinstance(ids, int) else ids or ())
 
+    def as_dict(self) -> dict[str, Any]:
+        """All of it but the models and the texts, for a JSON file."""
+        return {
+            "num_prompts": len(self.prompts),
+            "batch_size": self.batch_size,
+            "prompt_tokens": [prompt.shape[1] for prompt in self.prompts],
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "device": str(self.target.device),
+        }
+
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """The arguments of `generate` that all methods share."""
         sampling: dict[str, Any] = {"do_sample": False}

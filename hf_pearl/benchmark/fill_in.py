@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .cache_table import cache_table
+from .efficiency_table import efficiency_table
 from .grid_tables import summary_table, titled_tables
 from .markdown import markdown_table
 from .sampling_table import sampling_table
@@ -55,6 +56,8 @@ def saved_tables(root: Path, kind: str, pattern: str) -> str:
 def _table(saved: dict[str, Any]) -> str:
     if "decode_steps" in saved:
         return cache_table(saved)
+    if "efficiencies" in saved:
+        return efficiency_table(saved)
     return sampling_table(saved) if "temperatures" in saved else markdown_table(saved)
 
 

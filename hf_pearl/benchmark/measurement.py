@@ -71,16 +71,7 @@ class Measurement:
             "near_ties": self.num_near_ties,
             "num_runs": max(len(result.runs) for result in self.results),
             "warm_up": WARM_UP,
-            "workload": {
-                "num_prompts": len(self.workload.prompts),
-                "batch_size": self.workload.batch_size,
-                "prompt_tokens": [prompt.shape[1] for prompt in self.workload.prompts],
-                "max_new_tokens": self.workload.max_new_tokens,
-                "temperature": self.workload.temperature,
-                "seed": self.workload.seed,
-                "dtype": str(self.workload.target.dtype).removeprefix("torch."),
-                "device": str(self.workload.target.device),
-            },
+            "workload": self.workload.as_dict(),
         }
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -35,8 +36,15 @@ def figures(measurement: Measurement) -> dict[str, Any]:
     return {
         **measurement.as_dict(),
         "models": {"target": _name(workload.target), "draft": _name(workload.draft)},
+        **described(workload.target.device),
+    }
+
+
+def described(device: torch.device) -> dict[str, Any]:
+    """What a command of ours was measured with: the command, and on what."""
+    return {
         "command": " ".join(["python -m hf_pearl", *sys.argv[1:]]),
-        "machine": describe_machine(workload.target.device),
+        "machine": describe_machine(device),
         "versions": describe_versions(),
     }
 

@@ -13,7 +13,7 @@ import torch
 from ..errors import PearlOutOfBlocksError
 from .calibration import MAX_RANKS, Calibration
 from .draft_tree import Candidate, DraftTree, Node
-from .messages import MAX_TREE_TOKENS, Admission, Branches, DraftReport, Removal, TokenTree, Verdict, Window
+from .messages import MAX_TREE_TOKENS, Admission, Branches, DraftReport, DraftStep, Removal, TokenTree, Verdict, Window
 from .policy import ForwardTimes
 from .proposal import Guess, Prefix, Proposer
 
@@ -96,7 +96,7 @@ class Drafter:
         self.step_times = ForwardTimes()
         self.num_drafted = 0
         self.num_prefilled = 0
-        self.intervals: list[tuple[float, float]] = []
+        self.timeline: list[DraftStep] = []
         self._leaders: dict[tuple[int, ...], int] = {}  # prompt -> the request that computes it
         self._followed: dict[int, tuple[int, int]] = {}  # waiting request -> its leader, length of their prompt
         self._is_out_of_memory = False
@@ -219,7 +219,7 @@ class Drafter:
         computed = {window.request_id for window in windows if window.num_logits}
         self._propose(logits, [each for each in chosen if each[1] in computed])
         ended = time.perf_counter()
-        self.intervals.append((started, ended))
+        self.timeline.append(DraftStep(started, ended, len(chosen)))
         if all(len(window.token_ids) <= 4 or window.branches for window in windows):  # Prefill is no draft step.
             self.time_step(len(chosen), ended - started)
         return [self.token_tree(request_id) for request_id in computed]
@@ -275,7 +275,7 @@ class Drafter:
 
     def report(self) -> DraftReport:
         """What the draft did in this call; every request must have been removed."""
-        return DraftReport(len(self.intervals), self.num_drafted, self.num_prefilled, tuple(self.intervals))
+        return DraftReport(len(self.timeline), self.num_drafted, self.num_prefilled, tuple(self.timeline))
 
     def token_tree(self, request_id: int) -> TokenTree:
         """What is guessed of a request as it stands."""

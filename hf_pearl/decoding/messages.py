@@ -84,10 +84,18 @@ class Rest(NamedTuple):
     is_resting: bool
 
 
+class DraftStep(NamedTuple):
+    """When a draft step began and ended, in seconds, and over how many guesses it went."""
+
+    started: float
+    ended: float
+    num_guesses: int
+
+
 class DraftReport(NamedTuple):
     """What the draft did in a call. From the draft, at its end."""
 
     num_steps: int
     num_drafted: int
     num_prefilled: int
-    intervals: tuple[tuple[float, float], ...]
+    timeline: tuple[DraftStep, ...]

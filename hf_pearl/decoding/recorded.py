@@ -32,6 +32,8 @@ class TracedGuess(NamedTuple):
         How near the second, third, ... came to the first (`Guess.confidence`).
     token_id : int or None
         The target's token, if that is recorded: nothing can be looked up in a text whose tokens are not known.
+    guess_ids : tuple of int
+        The draft's guesses, the likeliest first, if they are recorded: the text so far may go on behind a wrong one.
     """
 
     stands: bool
@@ -39,6 +41,7 @@ class TracedGuess(NamedTuple):
     rank: int | None = None
     others: tuple[float, ...] = ()
     token_id: int | None = None
+    guess_ids: tuple[int, ...] = ()
 
 
 def has_tokens(traces: Sequence[Sequence[TracedGuess]]) -> bool:
@@ -46,30 +49,32 @@ def has_tokens(traces: Sequence[Sequence[TracedGuess]]) -> bool:
     return all(traced.token_id is not None for trace in traces for traced in trace)
 
 
-def _token_ids(trace: Sequence[TracedGuess]) -> list[int]:
-    return [1 if traced.token_id is None else traced.token_id for traced in trace]
+def _token_ids(prompt_ids: Sequence[int], trace: Sequence[TracedGuess]) -> list[int]:
+    """What follows the first token of a prompt: the rest of it, and the tokens of the trace."""
+    return [*prompt_ids[1:], *(1 if traced.token_id is None else traced.token_id for traced in trace)]
 
 
 class RecordedLane:
     """A lane that computes nothing: it keeps the lengths of its sequences, and its logits say what traces say.
 
-    A prompt has one token, so that the `i`-th token of a trace follows a sequence of `i + 1` tokens.
+    All of a prompt but its last token is in the cache from the beginning, so that prompts take no time.
     """
 
     def __init__(
         self,
+        prompts: Sequence[Sequence[int]],
         traces: Sequence[Sequence[TracedGuess]],
         advance: Callable[[Sequence[Window]], None] = lambda windows: None,
     ) -> None:
-        self._token_ids = [_token_ids(trace) for trace in traces]
+        self._token_ids = [_token_ids(*row) for row in zip(prompts, traces, strict=True)]
         self._vocab_size = 1 + max(max(token_ids) for token_ids in self._token_ids)
         self._lengths: dict[int, int] = {}
         self._advance = advance
 
     def admit(self, request_id: int, token_ids: Sequence[int], max_length: int) -> int:
-        """Begin a sequence, with nothing cached."""
-        self._lengths[request_id] = 0
-        return 0
+        """Begin a sequence."""
+        self._lengths[request_id] = len(token_ids) - 1
+        return len(token_ids) - 1
 
     def fork(self, request_id: int, new_id: int, length: int) -> None:
         """Begin a sequence with a part of another."""
@@ -107,12 +112,16 @@ class RecordedLane:
 
 
 class RecordedProposer(Proposer):
-    """Guesses from a trace; behind a guess that is wrong, every further one is wrong too. Wrong ones are negative."""
+    """Guesses from a trace; behind a guess that is wrong, every further one is wrong too.
 
-    def __init__(self, traces: Sequence[Sequence[TracedGuess]]) -> None:
+    Wrong ones are negative, unless the trace says which token was guessed. Behind a wrong one the same is guessed then
+    as behind the right one: none of it can stand.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], traces: Sequence[Sequence[TracedGuess]]) -> None:
         super().__init__(2, LogitsProcessorList())
-        self._traces = traces
-        self._token_ids = [_token_ids(trace) for trace in traces]
+        self._prompts, self._traces = prompts, traces
+        self._token_ids = [_token_ids(*row) for row in zip(prompts, traces, strict=True)]
 
     def propose(self, logits: torch.Tensor, prefixes: Sequence[Prefix], num_guesses: int = 1) -> list[list[Guess]]:
         """The traced guesses."""
@@ -120,8 +129,10 @@ class RecordedProposer(Proposer):
 
     def _guesses(self, prefix: Prefix) -> list[Guess]:
         trace, token_ids = self._traces[prefix.request_id], self._token_ids[prefix.request_id]
-        place = min(prefix.length, len(trace)) - 1  # A row that ends before others goes on as it ended.
-        traced = trace[place]
+        place = min(prefix.length, len(token_ids)) - 1  # A row that ends before others goes on as it ended.
+        traced = trace[place + 1 - len(self._prompts[prefix.request_id])]
+        if traced.guess_ids:
+            return list(map(Guess, traced.guess_ids, (traced.probability, *traced.others)))
         is_right = token_ids[: prefix.length - 1][-MAX_LINE:] == prefix.token_ids()[1:][-MAX_LINE:]
         rank = (0 if traced.stands else traced.rank) if is_right else None
         confidences = (traced.probability, *traced.others)

@@ -190,6 +190,8 @@ class FreeRunning(NoDraft):
         total = 0.0
         for request in requests:
             line = proposals[request.request_id].line
+            if line.token_ids and not line.num_drafted:
+                continue  # It was looked up as a whole: no draft step makes it longer.
             if len(request.verified) > request.num_prompt_tokens and len(line.token_ids) < min(
                 request.room, self.draft.max_line
             ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -30,12 +30,25 @@ from .while_pays import WhilePays
 class Costs:
     """Seconds of a draft step by the number of guesses in it, and of a target forward by the number of its tokens.
 
-    The latter takes `contention` times as long beside a draft that does not rest.
+    The latter takes `contention` times as long beside a draft that does not rest. The first step and the first forward,
+    which read the prompts, take what `draft_prefill` and `target_prefill` say, or what others take: prompts are cached.
     """
 
     draft_step: Callable[[int], float]
     target_forward: Callable[[int], float]
     contention: float = 1.0
+    draft_prefill: float | None = None
+    target_prefill: float | None = None
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What an engine knows of its pair; given to one run after the other, it is kept between them as an engine does."""
+
+    calibration: Calibration = field(default_factory=Calibration)
+    forward_times: ForwardTimes = field(default_factory=ForwardTimes)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    lookup_chances: LookupChances = field(default_factory=LookupChances)
 
 
 class SimulatedRun(NamedTuple):
@@ -56,17 +69,32 @@ class VirtualClock:
 
 
 class TimedDrafter(Drafter):
-    """A drafter that takes the costs for the times of its steps."""
+    """A drafter that takes the costs for the times of its steps.
 
-    width = 1
+    Attributes
+    ----------
+    virtual_seconds : float
+        Of the last step.
+    """
 
     def __init__(self, costs: Costs, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._costs = costs
+        self.virtual_seconds = 0.0
+
+    def step(self) -> list[TokenTree]:
+        """One draft step."""
+        trees, prefill = super().step(), self._costs.draft_prefill
+        if len(self.timeline) == 1 and prefill is not None:
+            self.virtual_seconds = prefill
+        elif trees:
+            self.virtual_seconds = self._costs.draft_step(self.timeline[-1].num_guesses)
+        else:
+            self.virtual_seconds = 0.0
+        return trees
 
     def time_step(self, num_guesses: int, seconds: float) -> None:
         """Learn the virtual time of a step."""
-        self.width = num_guesses
         super().time_step(num_guesses, self._costs.draft_step(num_guesses))
 
 
@@ -91,8 +119,9 @@ class VirtualDraft:
 
     @property
     def step_seconds(self) -> float:
-        """The true time of a draft step."""
-        return self._costs.draft_step(1)
+        """The true time of a draft step; 0.0 while the prompts are read."""
+        is_reading = self._costs.draft_prefill is not None and not self.num_steps
+        return 0.0 if is_reading else self._costs.draft_step(1)
 
     @property
     def max_line(self) -> int:
@@ -154,7 +183,7 @@ class VirtualDraft:
         if self._granted or (self._free_running and not self.is_resting and self._drafter.has_work()):
             self._granted = max(0, self._granted - 1)
             self._made = self._drafter.step()
-            self._step_ends = self._clock.now + (self._costs.draft_step(self._drafter.width) if self._made else 0.0)
+            self._step_ends = self._clock.now + self._drafter.virtual_seconds
 
 
 def simulate_run(
@@ -164,6 +193,8 @@ def simulate_run(
     overlap: bool = True,
     max_width: int = MAX_WIDTH,
     benefits: Benefits | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
+    learnt: Learnt | None = None,
 ) -> SimulatedRun:
     """Decode traces, one per row, in virtual time.
 
@@ -177,12 +208,22 @@ def simulate_run(
         Guesses in a draft step at most; 1 is one line.
     benefits : Benefits, optional
         Let the draft rest where it does not pay, and keep here what is learnt of that.
+    prompts : sequence of sequence of int, optional
+        The tokens before each trace, in which guesses are looked up, too; the default is a token of each row's own.
+    learnt : Learnt, optional
+        What is known already, and learns more; the default is nothing.
     """
+    prompts = [[row] for row in range(len(traces))] if prompts is None else prompts
+    learnt = Learnt() if learnt is None else learnt
     clock = VirtualClock()
+    target_seconds: list[float] = []
     draft: VirtualDraft | None = None
 
     def advance_target(windows: Sequence[Window]) -> None:
         seconds = costs.target_forward(sum(len(window.token_ids) for window in windows))
+        if not target_seconds and costs.target_prefill is not None:
+            seconds = costs.target_prefill
+        target_seconds.append(seconds)
         if draft is not None and overlap:
             seconds *= 1.0 if draft.is_resting else costs.contention
             draft.run_until(clock.now + seconds)
@@ -190,16 +231,25 @@ def simulate_run(
             clock.now += seconds
 
     if draft_length is not None:
-        lane = RecordedLane(traces)
         free_running = draft_length == "auto" and overlap
-        proposer = RecordedProposer(traces)
-        drafter = TimedDrafter(costs, lane, proposer, Calibration(), free_running=free_running, max_width=max_width)
+        models = RecordedLane(prompts, traces), RecordedProposer(prompts, traces)
+        drafter = TimedDrafter(costs, *models, learnt.calibration, free_running=free_running, max_width=max_width)
         draft = VirtualDraft(drafter, costs, clock, free_running)
-    lookup_chances = LookupChances() if overlap and has_tokens(traces) else None
-    longest = max(len(trace) for trace in traces)
-    requests = [Request(row, 1, (), longest + 1, [row]) for row in range(len(traces))]
-    schedule = _schedule(requests, draft, draft_length, overlap, clock, benefits, lookup_chances)
-    return _run(requests, RecordedLane(traces, advance_target), draft, clock, schedule)
+    requests = _requests(prompts, max(len(trace) for trace in traces))
+    lookup_chances = learnt.lookup_chances if overlap and has_tokens(traces) else None
+    schedule = _schedule(requests, draft, draft_length, overlap, clock, benefits, learnt, lookup_chances)
+    stats = _run(requests, RecordedLane(prompts, traces, advance_target), draft, clock, schedule)
+    stats.target_seconds = sum(target_seconds)
+    return SimulatedRun(clock.now, stats)
+
+
+def _requests(prompts: Sequence[Sequence[int]], num_new: int) -> list[Request]:
+    """A batch in which every row has room for `num_new` tokens behind its prompt, padded to the longest one."""
+    longest = max(map(len, prompts))
+    return [
+        Request(row, len(prompt), (0,) * (longest - len(prompt)), len(prompt) + num_new, list(prompt))
+        for row, prompt in enumerate(prompts)
+    ]
 
 
 def _schedule(
@@ -209,13 +259,14 @@ def _schedule(
     overlap: bool,
     clock: VirtualClock,
     benefits: Benefits | None,
+    learnt: Learnt,
     lookup_chances: LookupChances | None,
 ) -> NoDraft:
     if draft is None:
         return NoDraft()
     if isinstance(draft_length, int):
         return Lockstep(draft, draft_length, overlap)
-    drafting = FreeRunning(draft, ForwardTimes(), Acceptance(), overlap, lookup_chances)
+    drafting = FreeRunning(draft, learnt.forward_times, learnt.acceptance, overlap, lookup_chances)
     if benefits is None:
         return drafting
     return WhilePays(requests, drafting, draft, benefits, lambda is_leaving: None, clock)
@@ -227,14 +278,15 @@ def _run(
     draft: VirtualDraft | None,
     clock: VirtualClock,
     schedule: NoDraft,
-) -> SimulatedRun:
-    max_length = requests[0].max_length
+) -> PearlStats:
+    max_length = requests[0].num_padding + requests[0].max_length
     criteria = StoppingCriteriaList([MaxLengthCriteria(max_length)])
     rules = Rules(LogitsProcessorList(), criteria, do_sample=False, max_length=max_length)
     for request in requests:
         if draft is not None:
-            draft.send(Admission(request.request_id, tuple(request.verified), max_length, 0, None))
+            verified, num_padding = tuple(request.verified), request.num_padding
+            draft.send(Admission(request.request_id, verified, request.max_length, num_padding, None))
     stats = PearlStats()
     verifier = Verifier(requests, rules, torch.device("cpu"))
     DecodingLoop(target, requests, verifier, schedule, draft, stats, clock).run()
-    return SimulatedRun(clock.now, stats)
+    return stats

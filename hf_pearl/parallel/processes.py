@@ -7,9 +7,9 @@ import time
 
 import torch
 
-from ..decoding.messages import Admission, DraftReport, Grant, Removal, Rest, TokenTree, Verdict
+from ..decoding.messages import Admission, DraftReport, DraftStep, Grant, Removal, Rest, TokenTree, Verdict
 from ..errors import PearlWorkerError
-from .records import BeginCall, EndCall, MalformedRecordError, Message, Status, decode_tree
+from .records import MAX_COUNT, BeginCall, EndCall, MalformedRecordError, Message, Status, decode_tree
 from .shared_distributions import SharedDistributions
 from .shared_memory import NUM_SLOTS, TIMELINE_LENGTH
 from .worker_process import WorkerProcess
@@ -40,7 +40,7 @@ class ProcessDraft:
         self._free_slots = list(reversed(range(NUM_SLOTS)))
         self._generation = 0
         self._trees: dict[int, tuple[bytes, TokenTree | None]] = {}
-        self._intervals: list[tuple[float, float]] = []
+        self._timeline: list[DraftStep] = []
         self._num_seen = 0
         self._error: PearlWorkerError | None = None
         self._has_left = False
@@ -164,14 +164,15 @@ class ProcessDraft:
     def _collect(self) -> None:
         """Take over the times of new draft steps before the worker writes over them."""
         channel, status = self._process.channel, self._status
-        if channel is None or status.num_intervals <= self._num_seen:
+        if channel is None or status.num_timed <= self._num_seen:
             return
-        for index in range(max(self._num_seen, status.num_intervals - TIMELINE_LENGTH), status.num_intervals):
-            place = 2 * (index % TIMELINE_LENGTH)
-            start, end = channel.timeline[place], channel.timeline[place + 1]
-            if (self._intervals[-1][1] if self._intervals else 0.0) <= start <= end:
-                self._intervals.append((start, end))
-        self._num_seen = status.num_intervals
+        for index in range(max(self._num_seen, status.num_timed - TIMELINE_LENGTH), status.num_timed):
+            place = 3 * (index % TIMELINE_LENGTH)
+            started, ended, num_guesses = channel.timeline[place : place + 3]
+            last = self._timeline[-1].ended if self._timeline else 0.0
+            if last <= started <= ended and 1.0 <= num_guesses <= MAX_COUNT:
+                self._timeline.append(DraftStep(started, ended, int(num_guesses)))
+        self._num_seen = status.num_timed
 
     def finish(self) -> DraftReport:
         """End the call; say what the draft did, as far as it says so in time."""
@@ -186,8 +187,8 @@ class ProcessDraft:
         if not self._is_over:
             self._last = self._status
         self.abort()
-        counts = (self._last.num_intervals, self._last.num_drafted, self._last.num_prefilled)
-        return DraftReport(*counts, tuple(self._intervals))
+        counts = (self._last.num_timed, self._last.num_drafted, self._last.num_prefilled)
+        return DraftReport(*counts, tuple(self._timeline))
 
     def abort(self) -> None:
         """End the call in whatever state it is; harmless to repeat."""

@@ -75,13 +75,14 @@ class Quit(NamedTuple):
 class Status(NamedTuple):
     """How far the worker is. `call` is the last it began (0: none), `is_finished` whether it has left it again.
 
-    The counts are those of `DraftReport`; `step_seconds` is 0.0 while unknown.
+    `num_timed` steps are in the timeline; the other counts are those of `DraftReport`. `step_seconds` is 0.0 while
+    unknown.
     """
 
     call: int
     is_finished: bool
     num_steps: int
-    num_intervals: int
+    num_timed: int
     num_drafted: int
     num_prefilled: int
     step_seconds: float

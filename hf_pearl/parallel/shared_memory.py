@@ -9,7 +9,7 @@ reader may look at any moment, on any processor: a checksum over contents and se
 | ring     | `RING_WORDS`                   | frames to the worker, see `RingWriter`                   |
 | status   | `record_words(...)`            | a sequenced `Status`                                     |
 | error    | `record_words(...)`            | a sequenced call number and text                         |
-| timeline | 2 `TIMELINE_LENGTH`            | start and end of the last draft steps, in seconds        |
+| timeline | 3 `TIMELINE_LENGTH`            | the last draft steps: start, end (seconds), guesses      |
 | trees    | `NUM_SLOTS` `record_words(...)` | a sequenced tree of guesses per request                 |
 """
 
@@ -219,7 +219,7 @@ class Channel:
         ("ring", RING_WORDS),
         ("status", record_words(STATUS_BYTES)),
         ("error", record_words(ERROR_BYTES)),
-        ("timeline", 2 * TIMELINE_LENGTH),
+        ("timeline", 3 * TIMELINE_LENGTH),
         ("trees", NUM_SLOTS * record_words(TREE_BYTES)),
     )
     NUM_BYTES = 8 * sum(size for _, size in _PARTS)

@@ -116,21 +116,21 @@ class Outbox:
 
     def __init__(self, channel: Channel, to_engine: int, call: int) -> None:
         self._channel, self._to_engine, self.call = channel, to_engine, call
-        self._num_intervals = 0
+        self._num_timed = 0
 
     def publish(self, drafter: Drafter, trees: Sequence[TokenTree], is_finished: bool = False) -> None:
         """Make guesses and the progress of the call visible, and wake the engine."""
         for tree in trees:
             self._channel.tree(tree.request_id % NUM_SLOTS).write(records.encode_tree(self.call, tree))
-        for interval in drafter.intervals[self._num_intervals :]:
-            place = 2 * (self._num_intervals % TIMELINE_LENGTH)
-            self._channel.timeline[place], self._channel.timeline[place + 1] = interval
-            self._num_intervals += 1
+        for step in drafter.timeline[self._num_timed :]:
+            for place, value in enumerate(step, start=3 * (self._num_timed % TIMELINE_LENGTH)):
+                self._channel.timeline[place] = value
+            self._num_timed += 1
         status = Status(
             self.call,
             is_finished,
             drafter.num_steps,
-            self._num_intervals,
+            self._num_timed,
             drafter.num_drafted,
             drafter.num_prefilled,
             drafter.step_seconds,

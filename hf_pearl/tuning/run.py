@@ -107,7 +107,7 @@ def _tuning(measurement: Measurement, prompts: Sequence[Sequence[int]]) -> Tunin
     draft_times = measured_forward_times(workload.draft, prompts[0], others)
     target_times = measured_forward_times(workload.target, prompts[0], num_left)
     traces = _traces(workload, prompts)
-    stood = [guess.stands for trace in traces for guess in trace]
+    stood = [guess.stands for trace in traces for guess in trace.guesses]
     return Tuning(
         ways=tuple(_way(result) for result in measurement.results),
         acceptance_rate=sum(stood) / len(stood),
