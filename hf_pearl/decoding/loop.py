@@ -81,6 +81,7 @@ class DecodingLoop:
 
     def step(self) -> None:
         """One target forward and its verdicts."""
+        began = self.clock()
         waiting = self.scheduler.waiting()
         guesses = self.schedule.before_forward(waiting)
         started = self.clock()
@@ -97,8 +98,12 @@ class DecodingLoop:
         self.schedule.after_forward()
         self._queue(launch, logits)
         verdicts = self.verifier.judge()
-        self._count(launch, verdicts, self.clock() - started)
+        self._count(launch, verdicts)
         self._commit(verdicts)
+        if launch.is_decode:
+            num_tokens = sum(len(window.token_ids) for window in launch.windows)
+            seconds = self.clock() - began - self.schedule.waited_seconds
+            self.schedule.learn(num_tokens, seconds, sum(map(len, verdicts.values())))
 
     def _forward(self, waiting: Sequence[Request], guesses: dict[int, Guesses]) -> tuple[Launch, torch.Tensor]:
         launch = self._launch(waiting, guesses)
@@ -141,7 +146,7 @@ class DecodingLoop:
                     self.schedule.queue(follower, logits[row : row + 1], Guesses())
                 row += window.num_logits
 
-    def _count(self, launch: Launch, verdicts: dict[int, tuple[int, ...]], seconds: float) -> None:
+    def _count(self, launch: Launch, verdicts: dict[int, tuple[int, ...]]) -> None:
         judged = [guess for request in self.requests for guess in request.judged]
         for request in self.requests:
             request.judged.clear()
@@ -150,10 +155,7 @@ class DecodingLoop:
         self.stats.verified_draft_tokens += sum(len(guess) for guess in launch.guesses)
         if launch.is_decode:
             self.stats.decode_windows += len(launch.windows)
-            num_verified = sum(len(tokens) for tokens in verdicts.values())
-            self.stats.decode_tokens += num_verified
-            num_tokens = sum(len(window.token_ids) for window in launch.windows)
-            self.schedule.learn(num_tokens, seconds, num_verified)
+            self.stats.decode_tokens += sum(map(len, verdicts.values()))
 
     def _commit(self, verdicts: dict[int, tuple[int, ...]]) -> None:
         """Tell the draft, and drop from the target's cache what did not stand."""

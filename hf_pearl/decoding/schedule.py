@@ -7,7 +7,8 @@ speculative decoding (Leviathan et al. 2023, arXiv 2211.17192).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -64,9 +65,12 @@ class NoDraft:
     ----------
     is_resting : bool
         The draft neither drafts nor wants to hear of verdicts.
+    waited_seconds : float
+        How long the coming forward has been held back for draft tokens.
     """
 
     is_resting = False
+    waited_seconds = 0.0
 
     def before_forward(self, requests: Sequence[Request]) -> dict[int, Guesses]:
         """No draft tokens."""
@@ -80,7 +84,7 @@ class NoDraft:
         """Nothing to do."""
 
     def learn(self, num_tokens: int, seconds: float, num_verified: int) -> None:
-        """Nothing to learn."""
+        """Nothing to learn from a cycle, see `FreeRunning`."""
 
 
 class Lockstep(NoDraft):
@@ -128,6 +132,8 @@ class FreeRunning(NoDraft):
         What is known of guesses that are looked up in the text so far; without it there are none.
     verifies_tree : bool
         Whether a forward may verify several lines of a request.
+    clock : callable
+        Seconds.
     """
 
     def __init__(
@@ -138,12 +144,14 @@ class FreeRunning(NoDraft):
         overlap: bool = True,
         lookup_chances: LookupChances | None = None,
         verifies_tree: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.draft = draft
         self.forward_times = forward_times
         self.acceptance = acceptance
         self.overlap = overlap
         self._lines = Lines(acceptance, lookup_chances, verifies_tree)
+        self._clock = clock
 
     def before_forward(self, requests: Sequence[Request]) -> dict[int, Guesses]:
         """The draft tokens of every request that the coming forward verifies; waits for them where that pays."""
@@ -157,6 +165,7 @@ class FreeRunning(NoDraft):
         )
         for request in requests:
             self._lines.settle(request)
+        self.waited_seconds = 0.0
         for _ in range(self.draft.max_line):
             proposals = {request.request_id: self._propose(request, rule) for request in requests}
             if not self._wait_pays(requests, proposals, rule):
@@ -164,12 +173,16 @@ class FreeRunning(NoDraft):
             num_steps = self.draft.num_steps + 1
             if not self.overlap:
                 self.draft.grant(1)
-            if not self.draft.wait(num_steps, timeout=0.005 + 4 * step_seconds):
+            began = self._clock()
+            has_come = self.draft.wait(num_steps, timeout=0.005 + 4 * step_seconds)
+            self.waited_seconds += self._clock() - began
+            if not has_come:
                 break
         return self._launch(requests, proposals)
 
     def without_draft(self, requests: Sequence[Request], times: ForwardTimes) -> dict[int, Guesses]:
         """What can be looked up for every request, while the draft rests; `times` are those of forwards meanwhile."""
+        self.waited_seconds = 0.0
         for request in requests:
             self._lines.settle(request)
         least = worth_verifying_above(times, max(1, len(requests)))
@@ -199,5 +212,5 @@ class FreeRunning(NoDraft):
         return bool(requests) and total / len(requests) > rule.wait_above
 
     def learn(self, num_tokens: int, seconds: float, num_verified: int) -> None:
-        """Learn what a decode forward over `num_tokens` tokens costs."""
+        """Learn from a cycle: its forward over `num_tokens` tokens and all else that it took, waiting left out."""
         self.forward_times.record(num_tokens, seconds)

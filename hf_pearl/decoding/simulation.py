@@ -266,7 +266,7 @@ def _schedule(
         return NoDraft()
     if isinstance(draft_length, int):
         return Lockstep(draft, draft_length, overlap)
-    drafting = FreeRunning(draft, learnt.forward_times, learnt.acceptance, overlap, lookup_chances)
+    drafting = FreeRunning(draft, learnt.forward_times, learnt.acceptance, overlap, lookup_chances, clock=clock)
     if benefits is None:
         return drafting
     return WhilePays(requests, drafting, draft, benefits, lambda is_leaving: None, clock)

@@ -67,6 +67,11 @@ class WhilePays(NoDraft):
         self._has_caught_up = self._num_drafting > PATIENCE or any(self._knows(request) for request in requests)
         return self._drafting.before_forward(requests)
 
+    @property
+    def waited_seconds(self) -> float:  # type: ignore[override]
+        """How long the coming forward has been held back for draft tokens."""
+        return self._drafting.waited_seconds
+
     def _enter(self, requests: Sequence[Request], mode: Mode) -> None:
         if mode == self._mode:
             return
