@@ -44,13 +44,18 @@ def test_what_is_verified_is_the_likeliest_part_of_the_tree(
     assert len({path(every, place) for place in range(len(every))}) == len(every)
     for each in (every, guesses):
         assert all(parent < place for place, parent in enumerate(each.parents))
-        assert list(each.chances) == sorted(each.chances, reverse=True)
+        line = [place for place in range(len(each)) if each.parents[: place + 1] == tuple(range(-1, place))]
+        assert list(each.chances[len(line) :]) == sorted(each.chances[len(line) :], reverse=True)
+        for place in [-1, *line]:  # It goes on with the likeliest child, as far as there is one.
+            chances = [each.chances[child] for child in each.behind(place)]
+            assert not chances or (each.parents[place + 1] == place and chances[0] == max(chances))
         assert all(len(path(each, place)) <= room for place in range(len(each)))
         for place in range(-1, len(each)):
-            behind = sum(each.chances[child] for child in each.behind(place))
-            assert behind <= (1.0 if place < 0 else each.chances[place]) * (1 + 1e-9)
+            total = sum(each.chances[child] for child in each.behind(place))
+            assert total <= (1.0 if place < 0 else each.chances[place]) * (1 + 1e-9)
     assert len(guesses) == min(num_guesses, sum(chance > least for chance in every.chances))
-    assert guesses == every.first(len(guesses))
+    kept = sorted(every.chances, reverse=True)[: len(guesses)]
+    assert sorted(guesses.chances, reverse=True) == kept
 
 
 @given(additions, st.integers(1, 5))

@@ -16,8 +16,7 @@ from hf_pearl import PearlConfig
 from hf_pearl.decoding import loop
 from hf_pearl.decoding.benefit import (
     MIN_PATIENCE,
-    NUM_CYCLES,
-    NUM_FIRST,
+    NUM_BLOCK,
     NUM_PLAIN,
     Benefit,
     Benefits,
@@ -55,17 +54,13 @@ def record(benefit: Benefit, num_cycles: int, plain: float, parallel: float, seq
     return modes
 
 
-FIRST = ["plain"] * NUM_PLAIN + ["parallel"] * NUM_CYCLES
-
-
 @pytest.mark.parametrize(
     ("fastest", "seconds"), [("plain", (1.0, 1.2, 1.1)), ("parallel", (2.0, 1.0, 1.1)), ("sequential", (1.3, 1.1, 1.0))]
 )
 def test_the_fastest_mode_is_used_and_the_others_are_tried_ever_less(fastest: str, seconds: tuple[float, ...]) -> None:
     modes = record(Benefit(), 100_000, *seconds)
-    trials = [*FIRST, *["sequential"] * NUM_CYCLES]
-    assert modes[: len(trials)] == trials
-    assert set(modes[len(trials) : MIN_PATIENCE]) == {fastest}
+    assert modes[: NUM_PLAIN + NUM_BLOCK] == ["plain"] * NUM_PLAIN + ["parallel"] * NUM_BLOCK
+    assert set(modes[10 * NUM_BLOCK : MIN_PATIENCE]) == {fastest}
     later = modes[10_000:]
     assert set(later) == {"plain", "parallel", "sequential"}, "one is never tried again"
     assert later.count(fastest) > 0.99 * len(later)
@@ -74,15 +69,26 @@ def test_the_fastest_mode_is_used_and_the_others_are_tried_ever_less(fastest: st
 @pytest.mark.parametrize("pace", [1.0, 30.0])
 def test_a_mode_that_is_far_behind_gets_a_short_trial(pace: float) -> None:
     modes = record(Benefit(), 300, plain=pace, parallel=2 * pace, sequential=2 * pace)
-    trials = ["plain"] * NUM_PLAIN + ["parallel"] * NUM_FIRST + ["sequential"] * NUM_FIRST
-    assert modes[: len(trials)] == trials
-    assert set(modes[len(trials) : MIN_PATIENCE]) == {"plain"}
+    assert modes[:MIN_PATIENCE].count("parallel") == modes[:MIN_PATIENCE].count("sequential") == NUM_BLOCK
+
+
+def test_what_is_easy_to_guess_decides_nothing() -> None:
+    """Stretches of text in which four times as many tokens stand, in any mode; "parallel" is always 15% faster."""
+    benefit, seconds = Benefit(), {"plain": 1.0, "parallel": 0.5, "sequential": 0.575}
+    dice = random.Random(0)
+    modes = []
+    while len(modes) < 20_000:
+        is_easy = len(modes) // 100 % 3 == 0
+        modes.append(benefit.mode)
+        num_tokens = 1.0 if benefit.mode == "plain" else dice.choice((1.0, 2.0, 3.0)) * (4.0 if is_easy else 1.0)
+        benefit.record(num_tokens, seconds[benefit.mode])
+    assert modes.count("parallel") > 0.9 * len(modes)
 
 
 def test_a_change_is_noticed_both_ways() -> None:
     benefit = Benefit()
     assert record(benefit, 2000, plain=1.0, parallel=0.5)[-1] == "parallel"
-    assert record(benefit, 8 * NUM_CYCLES, plain=1.0, parallel=1.5)[-1] == "plain"
+    assert record(benefit, 2 * MIN_PATIENCE, plain=1.0, parallel=1.5)[-1] == "plain"
     assert record(benefit, 20 * MIN_PATIENCE, plain=1.0, parallel=0.5)[-1] == "parallel"
     assert record(benefit, 20 * MIN_PATIENCE, plain=1.0, parallel=0.5, sequential=0.4)[-1] == "sequential"
 
@@ -92,15 +98,27 @@ def test_longer_contexts_do_not_count_against_a_mode() -> None:
     benefit = Benefit()
     record(benefit, 1000, plain=1.0, parallel=0.5)
     modes = record(benefit, 1000, plain=4.0, parallel=2.0)
-    assert 0 < modes.count("plain") <= 4 * NUM_PLAIN
+    assert 0 < modes.count("plain") <= 8 * NUM_BLOCK
     assert modes.count("parallel") > 900
 
 
 def test_one_slow_cycle_without_a_draft_decides_nothing() -> None:
     benefit = Benefit()
     benefit.record(1.0, 100.0)
-    record(benefit, NUM_PLAIN + 2 * NUM_CYCLES, plain=1.0, parallel=1.2)
+    record(benefit, 20 * NUM_BLOCK, plain=1.0, parallel=1.2)
     assert benefit.rests
+
+
+def test_a_lucky_stretch_without_a_draft_decides_nothing() -> None:
+    """What is looked up may stand for a few cycles: plain decoding is not as fast as that."""
+    benefit, seconds = Benefit(), {"plain": 1.0, "parallel": 0.5, "sequential": 10.0}
+    record(benefit, 1000, **seconds)
+    modes = []
+    while len(modes) < 4000:
+        modes.append(benefit.mode)
+        is_lucky = benefit.mode == "plain" and modes.count("plain") % 60 == 3
+        benefit.record(12.0 if is_lucky else 1.0, seconds[benefit.mode])
+    assert modes.count("parallel") > 0.9 * len(modes)
 
 
 def test_lanes_that_take_turns_have_no_mode_in_which_they_do() -> None:
@@ -113,7 +131,7 @@ def test_where_overlap_costs_more_than_it_gives_the_draft_waits_for_its_turn() -
     text = trace(6000, 0.8)
     run = simulate_run([text], costs(2.5), benefits=Benefits())
     turns = simulate_run([text], costs(2.5), overlap=False)
-    assert run.seconds < 1.03 * turns.seconds < 0.8 * simulate_run([text], costs(2.5), None).seconds
+    assert run.seconds < 1.06 * turns.seconds < 0.85 * simulate_run([text], costs(2.5), None).seconds
     assert turns.seconds < 0.8 * simulate_run([text], costs(2.5)).seconds
 
 
@@ -132,7 +150,7 @@ def test_a_draft_that_pays_is_at_work(chance: float, contention: float, num_rows
     traces = [trace(2500, chance, seed) for seed in range(num_rows)]
     fixed = [simulate_run(traces, costs(contention), overlap=overlap).seconds for overlap in (True, False)]
     run = simulate_run(traces, costs(contention), benefits=Benefits())
-    assert run.seconds < 1.08 * min(fixed)  # Which is better is found out meanwhile.
+    assert run.seconds < 1.1 * min(fixed)  # Which is better is found out meanwhile.
     assert run.stats.undrafted_forwards < 0.05 * run.stats.target_forwards
 
 

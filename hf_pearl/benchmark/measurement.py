@@ -148,12 +148,14 @@ def num_calls(workload: Workload, methods: Sequence[Method], num_runs: int) -> i
 def thread_counts(device: torch.device, execution: str = "none") -> list[int]:
     """Numbers of intra-op threads worth a trial: powers of two up to torch's own choice (cores, OMP_NUM_THREADS).
 
-    Where the draft runs in a process of its own, the engine leaves it a core.
+    Where the draft runs in a process of its own, the engine leaves it a core while it works, and takes it back else:
+    counts from there on are tried as one.
     """
     most = torch.get_num_threads()
-    if execution == "processes":
-        most = max(1, min(most, len(available_cores()) - 1))
-    return sorted({most, *(2**i for i in range(most.bit_length()))}) if device.type == "cpu" else [most]
+    if device.type != "cpu":
+        return [most]
+    beside_draft = len(available_cores()) - 1 if execution == "processes" else most
+    return sorted({most, *(2**i for i in range(most.bit_length()) if 2**i < min(beside_draft, most))})
 
 
 def choose(workload: Workload, method: Method, advance: Advance = str) -> Setting:

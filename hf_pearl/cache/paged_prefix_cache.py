@@ -225,7 +225,9 @@ class PagedPrefixCache(BatchOfRows):
     def keep(self, sequence: PagedSequence, num_first: int, places: Sequence[int]) -> None:
         """Drop all but the first tokens and those at `places`, ascending and not forked or indexed, which move up."""
         end = num_first + len(places)
-        if list(places) != list(range(num_first, end)):
+        while places and places[0] == num_first:  # These are where they should be.
+            num_first, places = num_first + 1, places[1:]
+        if places:
             behind = as_numbers(sequence.slots(self.block_size, num_first, sequence.length))
             source = behind[torch.tensor(places) - num_first].to(self.device)
             for layer in self.layers:

@@ -18,19 +18,21 @@ from .policy import ForwardTimes
 Mode = Literal["plain", "parallel", "sequential"]
 MODES: tuple[Mode, ...] = ("plain", "parallel", "sequential")
 
-NUM_PLAIN, NUM_CYCLES = 6, 24  # cycles without, with a draft between two looks at how fast they are
-NUM_FIRST, FAR_BEHIND = 8, 0.8  # cycles after which a mode is given up that is so far behind
-MIN_GAIN = 1.01  # times as fast as plain decoding, or it rests: telling it of verdicts takes time outside the cycles
-CLEAR = 2.0  # standard errors by which another mode must lead
-MAX_ROUNDS = 8  # looks after which a lead that is not clear counts for nothing
+NUM_PLAIN, NUM_BLOCK = 6, 12  # cycles without, with a draft before it is the other mode's turn, in a contest
+NUM_CLEAR, CLEAR = 24, 2.0  # cycles of one from which a lead may be clear; standard errors by which it is
+FAR_BEHIND = 0.8  # times as fast, and the challenger has lost
+NUM_CONTEST, NUM_BEHIND = 96, 24  # cycles of each after which it has lost, too: its lead is not clear, or there is none
+NUM_USED = 24  # cycles of the mode in use between two looks around
+# How much faster a mode must be: the draft rests, or drafts beside the target, where the outcome is close.
+HANDICAP: dict[Mode, float] = {"plain": 1.0, "parallel": 1.01, "sequential": 1.05}
 MIN_PATIENCE, MAX_PATIENCE = 256, 16384  # cycles until a mode that was slower is tried again
 
 
 class Benefit:
     """Which mode should be used, for calls of one kind.
 
-    The mode in use is left for one that has won a contest with it. In a contest cycles are measured of the challenger,
-    and then, while its lead is not clear, of whichever of the two is less certain.
+    The mode in use is left for one that has won a contest with it. In a contest the two take turns every few cycles, so
+    that both decode the same text: how much of it can be guessed differs more between texts than between modes.
 
     Parameters
     ----------
@@ -49,15 +51,12 @@ class Benefit:
         self._ages: dict[Mode, int] = {}  # cycles since
         self._patience: dict[Mode, int] = {}
         for mode in modes:
-            self._cycles[mode] = deque(maxlen=8 * NUM_CYCLES)
+            self._cycles[mode] = deque(maxlen=2 * NUM_CONTEST)
             self._ages[mode], self._patience[mode] = 0, MIN_PATIENCE
         self._champion: Mode = modes[0]
         self._challenger: Mode | None = None
-        self._num_rounds = 0
-        self._measure(self._champion)
-
-    def _measure(self, mode: Mode) -> None:
-        self.mode, self._left = mode, NUM_PLAIN if mode == "plain" else NUM_CYCLES
+        self.mode: Mode = self._champion
+        self._left = NUM_PLAIN
 
     @property
     def rests(self) -> bool:
@@ -77,12 +76,14 @@ class Benefit:
         return statistics.mean(tokens for tokens, _ in cycles) / mean if mean > 0 else 0.0
 
     def _error(self, mode: Mode) -> float:
-        """Standard error of a rate (of a ratio of means); not of plain decoding, whose cycles are alike."""
+        """Standard error of a rate, a ratio of means; without a draft only what is looked up makes cycles differ."""
         cycles, rate = self._cycles[mode], self.rate(mode)
-        if mode == "plain" or len(cycles) < 2:
+        if len(cycles) < 2 or not rate:
             return 0.0
-        deviation = statistics.stdev(tokens - rate * seconds for tokens, seconds in cycles)
-        return deviation / math.sqrt(len(cycles)) / statistics.mean(seconds for _, seconds in cycles)
+        weight = 0.0 if mode == "plain" else rate
+        deviation = statistics.stdev(tokens - weight * seconds for tokens, seconds in cycles)
+        mean_seconds = statistics.mean(tokens for tokens, _ in cycles) / rate
+        return deviation / math.sqrt(len(cycles)) / mean_seconds
 
     @property
     def drafted_rate(self) -> float:
@@ -96,42 +97,47 @@ class Benefit:
         self._ages[self.mode] = 0
         self._cycles[self.mode].append((num_tokens, seconds))
         self._left -= 1
-        if self._left > 0 and not self._is_far_behind:
+        if self._left > 0:
             return
-        if self._challenger is None or self._is_over(self._challenger):
+        if self._challenger is None:
             self._look_around()
+        elif self.mode == self._challenger:
+            self._turn(self._champion)
+        elif self._is_over(self._challenger):
+            self._look_around()
+        else:
+            self._turn(self._challenger)
 
-    @property
-    def _is_far_behind(self) -> bool:
-        if self.mode != self._challenger or len(self._cycles[self.mode]) != NUM_FIRST:
-            return False
-        return self.rate(self.mode) < FAR_BEHIND * self.rate(self._champion)
+    def _turn(self, mode: Mode) -> None:
+        self.mode, self._left = mode, NUM_PLAIN if mode == "plain" else NUM_BLOCK
 
     def _is_over(self, challenger: Mode) -> bool:
-        """Whether the contest has been decided; otherwise it goes on."""
-        self._num_rounds += 1
+        """Whether the contest has been decided."""
         lead, error = self._lead(challenger)
-        if lead > CLEAR * error:
+        num_cycles = max(len(self._cycles[challenger]), len(self._cycles[self._champion]))
+        if lead > CLEAR * error and num_cycles >= NUM_CLEAR:
             self._patience[self._champion] = MIN_PATIENCE
             self._champion = challenger
-        elif lead > 0.0 and self._num_rounds < MAX_ROUNDS:
-            self._measure(max((challenger, self._champion), key=self._error))
-            return False
-        elif lead < -error:
+            return True
+        is_far_behind = self.rate(challenger) < FAR_BEHIND * self.rate(self._champion)
+        is_over = is_far_behind or num_cycles >= (NUM_CONTEST if lead > 0.0 else NUM_BEHIND)
+        if is_over:
             self._patience[challenger] = min(2 * self._patience[challenger], MAX_PATIENCE)
-        return True
+        return is_over
 
     def _look_around(self) -> None:
         """Begin a contest with a mode that is unknown, seems to be faster, or was not tried for long, if any."""
         self._challenger = None
+        self.mode, self._left = self._champion, NUM_USED
         for mode in self.modes:
             lead, error = self._lead(mode)
             is_overdue = self._ages[mode] > self._patience[mode]
             if mode != self._champion and (not self._cycles[mode] or lead > CLEAR * error or is_overdue):
-                self._challenger, self._num_rounds = mode, 0
                 self._cycles[mode].clear()
-                break
-        self._measure(self._challenger or self._champion)
+                self._cycles[self._champion].clear()
+                self._challenger = mode
+                self._turn(mode)
+                return
 
     def _lead(self, mode: Mode) -> tuple[float, float]:
         """By how much a mode is faster than the one in use, and the standard error of that."""
@@ -139,7 +145,7 @@ class Benefit:
         return lead, math.hypot(self._error(mode), self._error(self._champion))
 
     def _worth(self, mode: Mode) -> float:
-        return self.rate(mode) if mode == "plain" else self.rate(mode) / MIN_GAIN
+        return self.rate(mode) / HANDICAP[mode]
 
 
 class Benefits:

@@ -10,7 +10,7 @@ from .messages import Branches
 
 @dataclass(frozen=True)
 class Guesses:
-    """Guesses behind the verified tokens of a request, the likeliest first, every one behind its parent.
+    """Guesses behind the verified tokens of a request: the likeliest line first, every one behind its parent.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class Guesses:
         return [child for child in range(place + 1, len(self.parents)) if self.parents[child] == place]
 
     def first(self, num_guesses: int) -> Guesses:
-        """The likeliest `num_guesses`."""
+        """The first `num_guesses`."""
         if num_guesses >= len(self):
             return self
         cut = slice(num_guesses)
@@ -113,9 +113,9 @@ class GuessTree:
         for place, parent in enumerate(self._parents):
             total = sum(self._chances[sibling] for sibling in self._children[parent].values())
             chances.append(self._chances[place] / max(1.0, total) * (1.0 if parent < 0 else chances[parent]))
-        chosen = [place for place in range(len(chances)) if chances[place] > least]
-        chosen.sort(key=lambda place: -chances[place])  # Stable: a guess stays behind its parent.
-        chosen = chosen[:num_guesses]
+        likeliest = [place for place in range(len(chances)) if chances[place] > least]
+        likeliest.sort(key=lambda place: -chances[place])  # Stable: a guess stays behind its parent.
+        chosen = self._line_first(likeliest[:num_guesses])
         new = {-1: -1, **{place: index for index, place in enumerate(chosen)}}
         return Guesses(
             tuple(self._token_ids[place] for place in chosen),
@@ -123,3 +123,12 @@ class GuessTree:
             tuple(chances[place] for place in chosen),
             tuple(self._are_looked_up[place] for place in chosen),
         )
+
+    def _line_first(self, places: Sequence[int]) -> list[int]:
+        """The likeliest line before all others: what stands of it need not be moved in the target's cache."""
+        line = [-1]
+        for place in places:
+            if self._parents[place] == line[-1]:
+                line.append(place)
+        on_line = set(line)
+        return [*line[1:], *(place for place in places if place not in on_line)]
