@@ -328,9 +328,9 @@ class RestlessBenefits(Benefits):
         super().__init__()
         self.chance, self.share = chance, chance.choice((0.1, 0.5, 0.9))
 
-    def of(self, num_rows: int, is_concurrent: bool = True) -> Benefit:
-        benefit = super().of(num_rows, is_concurrent)
-        benefit.mode = self.chance.choice(benefit.modes[1:]) if self.chance.random() < self.share else "plain"
+    def of(self, num_rows: int) -> Benefit:
+        benefit = super().of(num_rows)
+        benefit.mode = "drafted" if self.chance.random() < self.share else "plain"
         return benefit
 
 

@@ -44,98 +44,79 @@ def trace(length: int, chance: float, seed: int = 0) -> list[TracedGuess]:
     return [TracedGuess(dice.random() < chance, chance) for _ in range(length)]
 
 
-def record(benefit: Benefit, num_cycles: int, plain: float, parallel: float, sequential: float = 10.0) -> list[str]:
-    """Modes of `num_cycles` cycles of one token that take so many seconds in each mode."""
-    seconds = {"plain": plain, "parallel": parallel, "sequential": sequential}
+def record(benefit: Benefit, num_cycles: int, plain: float, drafted: float) -> list[str]:
+    """Modes of `num_cycles` cycles of one token that take so many seconds without and with a draft."""
     modes = []
     for _ in range(num_cycles):
         modes.append(benefit.mode)
-        benefit.record(1.0, seconds[benefit.mode])
+        benefit.record(1.0, plain if benefit.mode == "plain" else drafted)
     return modes
 
 
-@pytest.mark.parametrize(
-    ("fastest", "seconds"), [("plain", (1.0, 1.2, 1.1)), ("parallel", (2.0, 1.0, 1.1)), ("sequential", (1.3, 1.1, 1.0))]
-)
-def test_the_fastest_mode_is_used_and_the_others_are_tried_ever_less(fastest: str, seconds: tuple[float, ...]) -> None:
-    modes = record(Benefit(), 100_000, *seconds)
-    assert modes[: NUM_PLAIN + NUM_BLOCK] == ["plain"] * NUM_PLAIN + ["parallel"] * NUM_BLOCK
-    assert set(modes[10 * NUM_BLOCK : MIN_PATIENCE]) == {fastest}
+@pytest.mark.parametrize(("fastest", "plain", "drafted"), [("plain", 1.0, 1.2), ("drafted", 1.0, 0.9)])
+def test_the_faster_mode_is_used_and_the_other_one_tried_ever_less(fastest: str, plain: float, drafted: float) -> None:
+    modes = record(Benefit(), 100_000, plain, drafted)
+    assert modes[: NUM_PLAIN + NUM_BLOCK] == ["plain"] * NUM_PLAIN + ["drafted"] * NUM_BLOCK
+    assert set(modes[8 * NUM_BLOCK : MIN_PATIENCE]) == {fastest}
     later = modes[10_000:]
-    assert set(later) == {"plain", "parallel", "sequential"}, "one is never tried again"
+    assert set(later) == {"plain", "drafted"}, "one is never tried again"
     assert later.count(fastest) > 0.99 * len(later)
 
 
 @pytest.mark.parametrize("pace", [1.0, 30.0])
-def test_a_mode_that_is_far_behind_gets_a_short_trial(pace: float) -> None:
-    modes = record(Benefit(), 300, plain=pace, parallel=2 * pace, sequential=2 * pace)
-    assert modes[:MIN_PATIENCE].count("parallel") == modes[:MIN_PATIENCE].count("sequential") == NUM_BLOCK
+def test_no_draft_for_a_while_is_a_short_trial_where_that_is_far_behind(pace: float) -> None:
+    modes = record(Benefit(), MIN_PATIENCE, plain=2 * pace, drafted=pace)
+    assert modes == ["plain"] * NUM_PLAIN + ["drafted"] * (MIN_PATIENCE - NUM_PLAIN)
 
 
-def test_what_is_easy_to_guess_decides_nothing() -> None:
-    """Stretches of text in which four times as many tokens stand, in any mode; "parallel" is always 15% faster."""
-    benefit, seconds = Benefit(), {"plain": 1.0, "parallel": 0.5, "sequential": 0.575}
-    dice = random.Random(0)
-    modes = []
-    while len(modes) < 20_000:
-        is_easy = len(modes) // 100 % 3 == 0
-        modes.append(benefit.mode)
-        num_tokens = 1.0 if benefit.mode == "plain" else dice.choice((1.0, 2.0, 3.0)) * (4.0 if is_easy else 1.0)
-        benefit.record(num_tokens, seconds[benefit.mode])
-    assert modes.count("parallel") > 0.9 * len(modes)
-
-
-def test_a_change_is_noticed_both_ways() -> None:
+def test_a_change_of_the_draft_is_noticed_both_ways() -> None:
     benefit = Benefit()
-    assert record(benefit, 2000, plain=1.0, parallel=0.5)[-1] == "parallel"
-    assert record(benefit, 2 * MIN_PATIENCE, plain=1.0, parallel=1.5)[-1] == "plain"
-    assert record(benefit, 20 * MIN_PATIENCE, plain=1.0, parallel=0.5)[-1] == "parallel"
-    assert record(benefit, 20 * MIN_PATIENCE, plain=1.0, parallel=0.5, sequential=0.4)[-1] == "sequential"
+    assert record(benefit, 2000, plain=1.0, drafted=0.5)[-1] == "drafted"
+    assert record(benefit, 2 * MIN_PATIENCE, plain=1.0, drafted=1.5)[-1] == "plain"
+    assert record(benefit, 20 * MIN_PATIENCE, plain=1.0, drafted=0.5)[-1] == "drafted"
 
 
-def test_longer_contexts_do_not_count_against_a_mode() -> None:
+def test_longer_contexts_do_not_count_against_the_draft() -> None:
     """Everything becomes four times slower while the draft is at work: a new look at plain decoding says so."""
     benefit = Benefit()
-    record(benefit, 1000, plain=1.0, parallel=0.5)
-    modes = record(benefit, 1000, plain=4.0, parallel=2.0)
-    assert 0 < modes.count("plain") <= 8 * NUM_BLOCK
-    assert modes.count("parallel") > 900
+    record(benefit, 1000, plain=1.0, drafted=0.5)
+    modes = record(benefit, 1000, plain=4.0, drafted=2.0)
+    assert 0 < modes.count("plain") <= 4 * NUM_PLAIN
 
 
 def test_one_slow_cycle_without_a_draft_decides_nothing() -> None:
     benefit = Benefit()
     benefit.record(1.0, 100.0)
-    record(benefit, 20 * NUM_BLOCK, plain=1.0, parallel=1.2)
+    record(benefit, 20 * NUM_BLOCK, plain=1.0, drafted=1.2)
     assert benefit.rests
 
 
 def test_a_lucky_stretch_without_a_draft_decides_nothing() -> None:
     """What is looked up may stand for a few cycles: plain decoding is not as fast as that."""
-    benefit, seconds = Benefit(), {"plain": 1.0, "parallel": 0.5, "sequential": 10.0}
+    benefit, seconds = Benefit(), {"plain": 1.0, "drafted": 0.5}
     record(benefit, 1000, **seconds)
     modes = []
     while len(modes) < 4000:
         modes.append(benefit.mode)
         is_lucky = benefit.mode == "plain" and modes.count("plain") % 60 == 3
         benefit.record(12.0 if is_lucky else 1.0, seconds[benefit.mode])
-    assert modes.count("parallel") > 0.9 * len(modes)
+    assert modes.count("drafted") > 0.9 * len(modes)
 
 
-def test_lanes_that_take_turns_have_no_mode_in_which_they_do() -> None:
-    benefit = Benefits().of(1, is_concurrent=False)
-    assert set(record(benefit, 20 * MIN_PATIENCE, plain=1.0, parallel=0.9)) == {"plain", "parallel"}
+@pytest.mark.parametrize(("fastest", "seconds"), [("plain", 1.25), ("drafted", 0.8)])
+def test_what_is_easy_to_guess_decides_nothing(fastest: str, seconds: float) -> None:
+    """Stretches of text in which four times as many tokens stand, with a draft as without one."""
+    benefit, dice = Benefit(), random.Random(0)
+    modes = []
+    while len(modes) < 20_000:
+        is_easy = len(modes) // 100 % 3 == 0
+        modes.append(benefit.mode)
+        num_tokens = dice.choice((1.0, 2.0, 3.0)) * (4.0 if is_easy else 1.0)
+        benefit.record(num_tokens, 1.0 if benefit.mode == "plain" else seconds)
+    assert modes.count(fastest) > 0.9 * len(modes)
 
 
-def test_where_overlap_costs_more_than_it_gives_the_draft_waits_for_its_turn() -> None:
-    """Two lanes that slow each other down: exactly as fast as a draft that only works while the target waits."""
-    text = trace(6000, 0.8)
-    run = simulate_run([text], costs(2.5), benefits=Benefits())
-    turns = simulate_run([text], costs(2.5), overlap=False)
-    assert run.seconds < 1.06 * turns.seconds < 0.85 * simulate_run([text], costs(2.5), None).seconds
-    assert turns.seconds < 0.8 * simulate_run([text], costs(2.5)).seconds
-
-
-@pytest.mark.parametrize(("chance", "contention"), [(0.0, 1.3), (0.05, 1.5), (0.1, 1.8)])
+@pytest.mark.parametrize(("chance", "contention"), [(0.0, 1.3), (0.05, 1.5), (0.3, 1.8)])
 def test_the_whole_is_not_slower_than_plain_decoding(chance: float, contention: float) -> None:
     length = 6000
     benefits = Benefits()
@@ -147,10 +128,10 @@ def test_the_whole_is_not_slower_than_plain_decoding(chance: float, contention: 
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize(("chance", "contention"), [(0.8, 1.0), (0.8, 1.3), (0.5, 1.1)])
 def test_a_draft_that_pays_is_at_work(chance: float, contention: float, num_rows: int) -> None:
-    traces = [trace(2500, chance, seed) for seed in range(num_rows)]
-    fixed = [simulate_run(traces, costs(contention), overlap=overlap).seconds for overlap in (True, False)]
+    traces = [trace(2000, chance, seed) for seed in range(num_rows)]
+    free = simulate_run(traces, costs(contention))
     run = simulate_run(traces, costs(contention), benefits=Benefits())
-    assert run.seconds < 1.1 * min(fixed)  # Which is better is found out meanwhile.
+    assert run.seconds < 1.03 * free.seconds
     assert run.stats.undrafted_forwards < 0.05 * run.stats.target_forwards
 
 
@@ -162,7 +143,7 @@ def test_rows_that_wait_for_each_other_count_as_rows() -> None:
     processors = LogitsProcessorList([lambda input_ids, scores: scores])
     target.generate(**prompts, max_new_tokens=60, assistant_model=draft, pearl=True, logits_processor=processors)
     benefits = engine_for(target, draft).learnt.benefits[False]
-    assert {rows for rows, _ in benefits._by_rows} == {(4).bit_length()}
+    assert set(benefits._by_rows) == {(4).bit_length()}
     hf_pearl.release(target)
 
 
@@ -190,7 +171,7 @@ def test_generate_says_once_that_it_goes_on_without_the_draft() -> None:
     prompt = random_prompts(random.Random(0), 1, [8])
     expected = target.generate(**prompt, max_new_tokens=40)
     engine = engine_for(target, draft)
-    record(engine.learnt.benefits[False].of(1), 200, plain=1.0, parallel=2.0)
+    record(engine.learnt.benefits[False].of(1), 200, plain=1.0, drafted=2.0)
     with expected_warnings() as warnings:
         for _ in range(2):
             output = target.generate(

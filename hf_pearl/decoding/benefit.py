@@ -1,4 +1,4 @@
-"""Which mode of decoding is fastest? Found out while decoding, from cycles in each of them.
+"""Does the draft pay? Found out while decoding: cycles with a draft beside cycles without one.
 
 A cycle is what passes from the wish for a forward to its verdict. A draft costs more than its own time: a core that the
 target then lacks, memory bandwidth, wider windows. So what is compared is what users see, tokens per second and row.
@@ -9,35 +9,27 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
 from typing import Literal
 
 from .policy import ForwardTimes
 
-# Without a draft; with it drafting all the time (PEARL); with it drafting while the target waits, which has all cores.
-Mode = Literal["plain", "parallel", "sequential"]
-MODES: tuple[Mode, ...] = ("plain", "parallel", "sequential")
+Mode = Literal["plain", "drafted"]  # the draft rests, or works
+MODES: tuple[Mode, ...] = ("plain", "drafted")
 
 NUM_PLAIN, NUM_BLOCK = 6, 12  # cycles without, with a draft before it is the other mode's turn, in a contest
+MIN_GAIN = 1.01  # times as fast, or the draft rests
 NUM_CLEAR, CLEAR = 24, 2.0  # cycles of one from which a lead may be clear; standard errors by which it is
 FAR_BEHIND = 0.8  # times as fast, and the challenger has lost
-NUM_CONTEST, NUM_BEHIND = 96, 24  # cycles of each after which it has lost, too: its lead is not clear, or there is none
-NUM_USED = 24  # cycles of the mode in use between two looks around
-# How much faster a mode must be: the draft rests, or drafts beside the target, where the outcome is close.
-HANDICAP: dict[Mode, float] = {"plain": 1.0, "parallel": 1.01, "sequential": 1.05}
+NUM_CONTEST = 96  # cycles of one after which a lead that is not clear counts for nothing
 MIN_PATIENCE, MAX_PATIENCE = 256, 16384  # cycles until a mode that was slower is tried again
 
 
 class Benefit:
-    """Which mode should be used, for calls of one kind.
+    """Whether the draft should take part, for calls of one kind.
 
-    The mode in use is left for one that has won a contest with it. In a contest the two take turns every few cycles, so
-    that both decode the same text: how much of it can be guessed differs more between texts than between modes.
-
-    Parameters
-    ----------
-    modes : sequence of Mode
-        Those there are; the first is measured first, while the draft's worker may still be starting.
+    The mode in use is left for the other one if that has won a contest. In a contest the two take turns every few
+    cycles, so that both decode the same text: how much of it can be guessed differs more between texts than between
+    modes. The first contest begins with the first cycle, without the draft, whose worker may still be starting.
 
     Attributes
     ----------
@@ -45,23 +37,21 @@ class Benefit:
         That of the next cycle.
     """
 
-    def __init__(self, modes: Sequence[Mode] = MODES) -> None:
-        self.modes = modes
+    def __init__(self) -> None:
         self._cycles: dict[Mode, deque[tuple[float, float]]] = {}  # tokens per row, seconds
-        self._ages: dict[Mode, int] = {}  # cycles since
-        self._patience: dict[Mode, int] = {}
-        for mode in modes:
+        for mode in MODES:
             self._cycles[mode] = deque(maxlen=2 * NUM_CONTEST)
-            self._ages[mode], self._patience[mode] = 0, MIN_PATIENCE
-        self._champion: Mode = modes[0]
-        self._challenger: Mode | None = None
-        self.mode: Mode = self._champion
+        self._patience = MIN_PATIENCE
+        self._age = 0  # cycles since the last contest
+        self._champion: Mode = "drafted"
+        self._is_contest = True
+        self.mode: Mode = "plain"
         self._left = NUM_PLAIN
 
     @property
     def rests(self) -> bool:
         """Whether decoding goes on without the draft because that has been found to be faster."""
-        return self._champion == self.mode == "plain" and all(self._cycles.values())
+        return self._champion == "plain"
 
     def rate(self, mode: Mode) -> float:
         """Tokens per second and row; 0.0 while unknown.
@@ -85,67 +75,60 @@ class Benefit:
         mean_seconds = statistics.mean(tokens for tokens, _ in cycles) / rate
         return deviation / math.sqrt(len(cycles)) / mean_seconds
 
-    @property
-    def drafted_rate(self) -> float:
-        """The best rate with a draft."""
-        return max((self.rate(mode) for mode in self.modes if mode != "plain"), default=0.0)
-
     def record(self, num_tokens: float, seconds: float) -> None:
         """Learn from a cycle of `num_tokens` tokens per row in the present mode."""
-        for mode in self.modes:
-            self._ages[mode] += 1
-        self._ages[self.mode] = 0
         self._cycles[self.mode].append((num_tokens, seconds))
+        self._age += 1
         self._left -= 1
         if self._left > 0:
             return
-        if self._challenger is None:
+        if not self._is_contest:
             self._look_around()
-        elif self.mode == self._challenger:
-            self._turn(self._champion)
-        elif self._is_over(self._challenger):
-            self._look_around()
+        elif self.mode == self._champion and self._is_over():
+            self._end_contest()
         else:
-            self._turn(self._challenger)
+            self._turn(self._challenger if self.mode == self._champion else self._champion)
+
+    @property
+    def _challenger(self) -> Mode:
+        return "plain" if self._champion == "drafted" else "drafted"
 
     def _turn(self, mode: Mode) -> None:
         self.mode, self._left = mode, NUM_PLAIN if mode == "plain" else NUM_BLOCK
 
-    def _is_over(self, challenger: Mode) -> bool:
-        """Whether the contest has been decided."""
-        lead, error = self._lead(challenger)
-        num_cycles = max(len(self._cycles[challenger]), len(self._cycles[self._champion]))
-        if lead > CLEAR * error and num_cycles >= NUM_CLEAR:
-            self._patience[self._champion] = MIN_PATIENCE
-            self._champion = challenger
+    def _is_over(self) -> bool:
+        num_cycles = max(map(len, self._cycles.values()))
+        if self.rate(self._challenger) < FAR_BEHIND * self.rate(self._champion):
             return True
-        is_far_behind = self.rate(challenger) < FAR_BEHIND * self.rate(self._champion)
-        is_over = is_far_behind or num_cycles >= (NUM_CONTEST if lead > 0.0 else NUM_BEHIND)
-        if is_over:
-            self._patience[challenger] = min(2 * self._patience[challenger], MAX_PATIENCE)
-        return is_over
+        return self._is_clear or num_cycles >= (NUM_CONTEST if self._lead > 0.0 else NUM_CLEAR)
+
+    def _end_contest(self) -> None:
+        if self._is_clear:
+            self._champion, self._patience = self._challenger, MIN_PATIENCE
+        else:
+            self._patience = min(2 * self._patience, MAX_PATIENCE)
+        self._is_contest, self._age = False, 0
+        self.mode, self._left = self._champion, NUM_CLEAR
 
     def _look_around(self) -> None:
-        """Begin a contest with a mode that is unknown, seems to be faster, or was not tried for long, if any."""
-        self._challenger = None
-        self.mode, self._left = self._champion, NUM_USED
-        for mode in self.modes:
-            lead, error = self._lead(mode)
-            is_overdue = self._ages[mode] > self._patience[mode]
-            if mode != self._champion and (not self._cycles[mode] or lead > CLEAR * error or is_overdue):
-                self._cycles[mode].clear()
-                self._cycles[self._champion].clear()
-                self._challenger = mode
-                self._turn(mode)
-                return
+        """Stay in the mode in use, or begin a contest: the other one seems to be faster, or was not tried for long."""
+        self._left = NUM_CLEAR
+        if self._is_clear or self._age > self._patience:
+            self._is_contest = True
+            for cycles in self._cycles.values():
+                cycles.clear()
+            self._turn(self._challenger)
 
-    def _lead(self, mode: Mode) -> tuple[float, float]:
-        """By how much a mode is faster than the one in use, and the standard error of that."""
-        lead = self._worth(mode) - self._worth(self._champion)
-        return lead, math.hypot(self._error(mode), self._error(self._champion))
+    @property
+    def _lead(self) -> float:
+        """By how much the other mode is faster than the one in use; the draft has to be somewhat faster."""
+        lead = self.rate("plain") - self.rate("drafted") / MIN_GAIN
+        return lead if self._champion == "drafted" else -lead
 
-    def _worth(self, mode: Mode) -> float:
-        return self.rate(mode) / HANDICAP[mode]
+    @property
+    def _is_clear(self) -> bool:
+        error = math.hypot(self._error("plain"), self._error("drafted"))
+        return self._lead > CLEAR * error and max(map(len, self._cycles.values())) >= NUM_CLEAR
 
 
 class Benefits:
@@ -153,18 +136,17 @@ class Benefits:
 
     Attributes
     ----------
-    times : dict of Mode and ForwardTimes
-        Of target forwards in each mode.
+    plain_times : ForwardTimes
+        Of target forwards while the draft rests.
     """
 
     def __init__(self) -> None:
-        self.times: dict[Mode, ForwardTimes] = {mode: ForwardTimes() for mode in MODES}
-        self._by_rows: dict[tuple[int, bool], Benefit] = {}
+        self.plain_times = ForwardTimes()
+        self._by_rows: dict[int, Benefit] = {}
 
-    def of(self, num_rows: int, is_concurrent: bool = True) -> Benefit:
-        """The one for `num_rows` rows; for a draft that is not concurrent, "sequential" would be what "parallel" is."""
-        modes = MODES if is_concurrent else MODES[:2]
-        return self._by_rows.setdefault((num_rows.bit_length(), is_concurrent), Benefit(modes))
+    def of(self, num_rows: int) -> Benefit:
+        """The one for `num_rows` rows."""
+        return self._by_rows.setdefault(num_rows.bit_length(), Benefit())
 
     @property
     def all(self) -> list[Benefit]:

@@ -1,11 +1,11 @@
-"""The default schedule: the free-running one, with the draft at work in whichever mode is fastest."""
+"""The default schedule: the free-running one, as long as it is faster than decoding without a draft."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 
-from .benefit import Benefit, Benefits, Mode
+from .benefit import Benefit, Benefits
 from .guesses import Guesses
 from .request import Request
 from .schedule import DraftRunner, FreeRunning, NoDraft
@@ -48,21 +48,21 @@ class WhilePays(NoDraft):
         self._leave_cores = leave_cores
         self._clock = clock
         self._benefit = Benefit()
-        self._mode: Mode | None = None
         self._num_rows = 0
         self._has_caught_up = False
         self._num_drafting = 0
         self._waits_for: dict[int, int] = {}  # request -> tokens that the draft must know before it counts
         self._began = 0.0
+        self._is_first = True
 
     def before_forward(self, requests: Sequence[Request]) -> dict[int, Guesses]:
         """The guesses of every request that the coming forward verifies; those looked up while the draft rests."""
         self._began = self._clock()
         self._num_rows = max(1, sum(not request.finished for request in self._call))  # Some may be ahead and wait.
-        self._benefit = self._benefits.of(self._num_rows, self._draft.concurrent)
-        self._enter(requests, self._benefit.mode if self._draft.is_ready else "plain")
+        self._benefit = self._benefits.of(self._num_rows)
+        self._rest(requests, not (self._benefit.mode == "drafted" and self._draft.is_ready))
         if self.is_resting:
-            return self._drafting.without_draft(requests, self._benefits.times["plain"])
+            return self._drafting.without_draft(requests, self._benefits.plain_times)
         self._num_drafting += 1
         self._has_caught_up = self._num_drafting > PATIENCE or any(self._knows(request) for request in requests)
         return self._drafting.before_forward(requests)
@@ -72,16 +72,13 @@ class WhilePays(NoDraft):
         """How long the coming forward has been held back for draft tokens."""
         return self._drafting.waited_seconds
 
-    def _enter(self, requests: Sequence[Request], mode: Mode) -> None:
-        if mode == self._mode:
+    def _rest(self, requests: Sequence[Request], is_resting: bool) -> None:
+        if is_resting == self.is_resting and not self._is_first:
             return
-        if mode == "plain" or self._mode in ("plain", None):
-            self._has_caught_up, self._num_drafting = False, 0
-            self._waits_for = {request.request_id: len(request.verified) for request in requests}
-        self._mode, self.is_resting = mode, mode == "plain"
-        self._draft.rest(mode != "parallel")  # In "sequential" it makes the steps that it is granted.
-        self._leave_cores(mode == "parallel")
-        self._drafting.overlap, self._drafting.forward_times = mode == "parallel", self._benefits.times[mode]
+        self.is_resting, self._has_caught_up, self._is_first, self._num_drafting = is_resting, False, False, 0
+        self._waits_for = {request.request_id: len(request.verified) for request in requests}
+        self._draft.rest(is_resting)
+        self._leave_cores(not is_resting)
 
     def _knows(self, request: Request) -> bool:
         """Whether the draft has guessed behind what was verified when it began: it may have had much to read."""
@@ -90,8 +87,10 @@ class WhilePays(NoDraft):
 
     def learn(self, num_tokens: int, seconds: float, num_verified: int) -> None:
         """Learn from a decode forward, and from how long its cycle took."""
-        if self._mode is None:
-            return
-        self._benefits.times[self._mode].record(num_tokens, seconds)
-        if self._benefit.mode == self._mode and (self.is_resting or self._has_caught_up):
+        if self.is_resting:
+            self._benefits.plain_times.record(num_tokens, seconds)
+        else:
+            self._drafting.learn(num_tokens, seconds, num_verified)
+        is_of_mode = (self._benefit.mode == "plain") == self.is_resting
+        if is_of_mode and (self.is_resting or self._has_caught_up):
             self._benefit.record(num_verified / self._num_rows, self._clock() - self._began)
