@@ -225,13 +225,12 @@ class PagedPrefixCache(BatchOfRows):
     def keep(self, sequence: PagedSequence, num_first: int, places: Sequence[int]) -> None:
         """Drop all but the first tokens and those at `places`, ascending and not forked or indexed, which move up."""
         end = num_first + len(places)
-        while places and places[0] == num_first:  # These are where they should be.
-            num_first, places = num_first + 1, places[1:]
-        if places:
-            behind = as_numbers(sequence.slots(self.block_size, num_first, sequence.length))
-            source = behind[torch.tensor(places) - num_first].to(self.device)
+        moved = [(new, place) for new, place in enumerate(places, start=num_first) if new != place]
+        if moved:
+            slots = as_numbers(sequence.slots(self.block_size, num_first, sequence.length))
+            new, old = (slots[torch.tensor(each) - num_first].to(self.device) for each in zip(*moved, strict=True))
             for layer in self.layers:
-                layer.copy(source, behind[: len(places)].to(self.device))
+                layer.copy(old, new)
         self.rollback(sequence, end)
 
     def _shrink(self, sequence: PagedSequence, num_blocks: int) -> None:
