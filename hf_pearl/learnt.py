@@ -10,7 +10,7 @@ from .config import PearlConfig
 from .decoding.benefit import Benefits
 from .decoding.calibration import Calibration
 from .decoding.lookup import LookupChances
-from .decoding.policy import Acceptance, ForwardTimes
+from .decoding.policy import Pace
 from .decoding.rejection_schedule import RejectionLockstep
 from .decoding.request import Request
 from .decoding.schedule import FreeRunning, Lockstep, NoDraft
@@ -30,8 +30,7 @@ class Learnt:
 
     def __init__(self) -> None:
         self.calibration = Calibration()
-        self.forward_times = ForwardTimes()
-        self.acceptance = Acceptance()
+        self.paces = {is_sampled: Pace() for is_sampled in (False, True)}
         self.lookup_chances = LookupChances()
         self.benefits = {is_sampled: Benefits() for is_sampled in (False, True)}
         self._has_warned = False
@@ -52,9 +51,8 @@ class Learnt:
             return lockstep(runner, config.draft_length, config.overlap)
         # Without overlap it is the ordinary kind of speculative decoding.
         lookup_chances = self.lookup_chances if config.overlap and config.looks_up else None
-        drafting = FreeRunning(
-            runner, self.forward_times, self.acceptance, config.overlap, lookup_chances, config.verifies_tree
-        )
+        pace = self.paces[requests[0].seed is not None]
+        drafting = FreeRunning(runner, pace, config.overlap, lookup_chances, config.verifies_tree)
         if config.execution != "auto" or not config.overlap:  # Whoever says how the draft runs wants it to run.
             return drafting
         num_left, benefits = cores.num_left, self.benefits[requests[0].seed is not None]

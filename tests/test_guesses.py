@@ -12,7 +12,6 @@ from hf_pearl.decoding.guesses import Guesses, GuessTree
 from hf_pearl.decoding.lines import Lines
 from hf_pearl.decoding.lookup import LookupChances
 from hf_pearl.decoding.messages import TokenTree
-from hf_pearl.decoding.policy import Acceptance
 from hf_pearl.decoding.request import Request
 
 additions = st.lists(
@@ -94,23 +93,10 @@ def test_exactly_the_target_s_own_path_stands(added: list[Any], choices: list[in
 
 
 def test_a_guess_that_is_drafted_and_looked_up_is_one() -> None:
-    lines, row = Lines(Acceptance(), LookupChances()), Request(0, 5, (), 100, [1, 2, 3, 1, 2])
+    lines, row = Lines(LookupChances()), Request(0, 5, (), 100, [1, 2, 3, 1, 2])
     lines.settle(row)
     drafted = TokenTree(0, 0, 0, 5, (3, 9, 7, 8), (-1, -1, 0, 1), (0.6, 0.3, 0.5, 0.5))
     guesses = lines.propose(row, drafted, 0.0).guesses
     paths = {path(guesses, place): guesses.are_looked_up[place] for place in range(len(guesses))}
     assert paths.items() >= {(3,): False, (9,): False, (3, 7): False, (9, 8): False, (3, 1): True}.items()
     assert len(paths) == len(guesses)
-
-
-def test_acceptance_counts_a_position_as_right_if_any_draft_token_for_it_is() -> None:
-    acceptance = Acceptance(prior=0.5)
-    lines, row = Lines(acceptance, None), Request(0, 1, (), 100, [0])
-    tree = TokenTree(0, 0, 0, 1, (3, 4, 5), (-1, -1, 1), (0.6, 0.3, 0.9))
-    lines.launch(row, lines.propose(row, tree, 0.0).guesses)
-    row.verified += [4, 6]
-    lines.settle(row)
-    expected = Acceptance(prior=0.5)
-    expected.record(True)
-    expected.record(False)
-    assert acceptance.chance == expected.chance

@@ -12,7 +12,7 @@ from models import enabled_for_tiny_models
 from hf_pearl.decoding.lines import Lines
 from hf_pearl.decoding.lookup import MAX_MATCH, MIN_MATCH, LookupChances, PromptLookup
 from hf_pearl.decoding.messages import TokenTree
-from hf_pearl.decoding.policy import Acceptance, ForwardTimes
+from hf_pearl.decoding.policy import Pace
 from hf_pearl.decoding.recorded import TracedGuess
 from hf_pearl.decoding.request import Request
 from hf_pearl.decoding.schedule import FreeRunning
@@ -85,27 +85,27 @@ def tree(root: int, token_ids: tuple[int, ...], chance: float) -> TokenTree:
 
 
 def test_the_better_line_is_taken_and_a_drafted_one_goes_on_with_what_is_looked_up() -> None:
-    lines, row = Lines(Acceptance(), LookupChances()), request([1, 2, 3, 4, 5, 1, 2, 3])
+    lines, row = Lines(LookupChances()), request([1, 2, 3, 4, 5, 1, 2, 3])
     lines.settle(row)
-    line, guesses = lines.propose(row, None, 0.0)
+    line, guesses, _ = lines.propose(row, None, 0.0)
     assert (line.token_ids[:4], line.num_drafted) == ((4, 5, 1, 2), 0)
     assert guesses.is_line
     assert all(guesses.are_looked_up)
     unlikely, likely = tree(8, (9, 9), 0.1), tree(8, (4, 5), 0.99)
-    line, _ = lines.propose(row, likely, 0.0)
+    line, *_ = lines.propose(row, likely, 0.0)
     assert (line.token_ids[:6], line.num_drafted, line.chances[:2]) == ((4, 5, 1, 2, 3, 4), 2, (0.99, 0.99))
-    line, guesses = lines.propose(row, unlikely, 0.0)
+    line, guesses, _ = lines.propose(row, unlikely, 0.0)
     assert line.token_ids[:2] == (4, 5)
     assert [guesses.token_ids[place] for place in guesses.behind(-1)] == [4, 9]  # Both are verified.
     assert lines.propose(row, unlikely, 0.3).guesses.is_line  # Here the other one is not worth it.
-    one_line = Lines(Acceptance(), LookupChances(), is_tree=False)
+    one_line = Lines(LookupChances(), is_tree=False)
     one_line.settle(row)
     assert one_line.propose(row, unlikely, 0.0).guesses.token_ids == line.token_ids
 
 
 def test_no_line_is_longer_than_the_room_there_is() -> None:
     for room in range(5):
-        lines, row = Lines(Acceptance(), LookupChances()), request([1, 2, 3, 1, 2], room)
+        lines, row = Lines(LookupChances()), request([1, 2, 3, 1, 2], room)
         lines.settle(row)
         for drafted in (None, tree(5, (3, 1, 2, 3), 0.9)):
             guesses = lines.propose(row, drafted, 0.0).guesses
@@ -113,20 +113,18 @@ def test_no_line_is_longer_than_the_room_there_is() -> None:
             assert len(guesses) == room
 
 
-def test_what_became_of_the_guesses_is_learnt_once() -> None:
-    acceptance, chances = Acceptance(), LookupChances()
-    lines, row = Lines(acceptance, chances), request([1, 2, 3, 1, 2])
+def test_what_became_of_what_was_looked_up_is_learnt_once() -> None:
+    chances = LookupChances()
+    lines, row = Lines(chances), request([1, 2, 3, 1, 2])
     lines.settle(row)
-    lines.launch(row, lines.propose(row, tree(5, (3, 1), 0.99), 0.0).guesses.first(3))
     before = chances.chance(2), chances.chance(3)
     row.verified += [3, 6]  # What was looked up behind two matching tokens stood, then it did not behind three.
     lines.settle(row)
     assert chances.chance(2) > before[0]
     assert chances.chance(3) < before[1]
-    known = chances.chance(2), chances.chance(3), acceptance.chance
+    known = chances.chance(2), chances.chance(3)
     lines.settle(row)
-    assert (chances.chance(2), chances.chance(3), acceptance.chance) == known
-    assert acceptance.chance != Acceptance().chance
+    assert (chances.chance(2), chances.chance(3)) == known
 
 
 class BusyDraft:
@@ -154,13 +152,13 @@ class BusyDraft:
 @pytest.mark.parametrize(("token_ids", "is_waited_for"), [([1, 2, 3, 4, 5, 1, 2, 3], False), (range(8), True)])
 def test_what_was_looked_up_is_not_waited_for(token_ids: Sequence[int], is_waited_for: bool) -> None:
     """No draft step makes such a line longer; where nothing is found, the same schedule waits for the draft."""
-    forward_times, chances, draft = ForwardTimes(), LookupChances(), BusyDraft()
-    forward_times.record(1, 8.0)
+    pace, chances, draft = Pace(), LookupChances(), BusyDraft()
+    pace.record_cycle(1, 1, 1, 8.0, 0.0)
     for match in range(MIN_MATCH, MAX_MATCH + 1):
         for _ in range(500):
             chances.judge(match, True)
     row = Request(0, 5, (), 100, list(token_ids))
-    guesses = FreeRunning(draft, forward_times, Acceptance(), True, chances).before_forward([row])
+    guesses = FreeRunning(draft, pace, True, chances).before_forward([row])
     assert bool(draft.num_waits) == is_waited_for == (not guesses[0])
 
 

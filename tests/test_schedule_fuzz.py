@@ -45,7 +45,7 @@ from hf_pearl.decoding.lookup import LookupChances
 from hf_pearl.decoding.loop import DecodingLoop
 from hf_pearl.decoding.messages import Admission, Removal, TokenTree, Verdict, Window
 from hf_pearl.decoding.noise import NoiseSource, request_seed
-from hf_pearl.decoding.policy import Acceptance, ForwardTimes
+from hf_pearl.decoding.policy import Pace
 from hf_pearl.decoding.processors import draft_processors
 from hf_pearl.decoding.proposal import Proposer
 from hf_pearl.decoding.request import Request
@@ -309,11 +309,12 @@ def draw_schedule(requests: Sequence[Request], draft: ArbitraryDraft, chance: ra
     overlap = chance.random() < 0.7
     if chance.random() < 0.4:
         return Lockstep(draft, chance.choice((1, 3, 8, 16)), overlap)
-    forward_times, acceptance = ForwardTimes(), Acceptance(prior=chance.random())
+    pace = Pace()
     for _ in range(chance.choice((0, 3))):
-        forward_times.record(chance.randint(1, 9), chance.random())
+        pace.record_cycle(len(requests), chance.randint(1, 9), chance.randint(1, 9), chance.random(), 0.0)
+        pace.record_wait(chance.random(), chance.random(), chance.random())
     lookup_chances, verifies_tree = chance.choice((None, LookupChances())), chance.random() < 0.8
-    free_running = FreeRunning(draft, forward_times, acceptance, overlap, lookup_chances, verifies_tree)
+    free_running = FreeRunning(draft, pace, overlap, lookup_chances, verifies_tree)
     if chance.random() < 0.5:
         return free_running
     return WhilePays(

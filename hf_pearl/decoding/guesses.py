@@ -110,9 +110,12 @@ class GuessTree:
         where their sum is above 1.
         """
         chances: list[float] = []
-        for place, parent in enumerate(self._parents):
-            total = sum(self._chances[sibling] for sibling in self._children[parent].values())
-            chances.append(self._chances[place] / max(1.0, total) * (1.0 if parent < 0 else chances[parent]))
+        totals = {
+            parent: sum(self._chances[place] for place in places.values()) for parent, places in self._children.items()
+        }
+        for parent, chance in zip(self._parents, self._chances, strict=True):
+            before = 1.0 if parent < 0 else chances[parent]
+            chances.append(before * chance / max(1.0, totals[parent]))
         likeliest = [place for place in range(len(chances)) if chances[place] > least]
         likeliest.sort(key=lambda place: -chances[place])  # Stable: a guess stays behind its parent.
         chosen = self._line_first(likeliest[:num_guesses])

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from .guesses import Guesses, GuessTree
 from .lookup import MAX_LOOKED_UP, LookupChances, PromptLookup
 from .messages import MAX_TREE_TOKENS, TokenTree
-from .policy import Acceptance
 from .request import Request
 
 
@@ -38,6 +37,7 @@ class Proposal(NamedTuple):
 
     line: Line
     guesses: Guesses
+    tree: TokenTree | None  # what the draft had published
 
 
 def find_root(tree: TokenTree | None, request: Request) -> int | None:
@@ -46,33 +46,39 @@ def find_root(tree: TokenTree | None, request: Request) -> int | None:
         return None
     node = -1
     for token_id in request.verified[tree.root :]:
-        behind = range(node + 1, len(tree.token_ids))
-        found = (place for place in behind if (tree.parents[place], tree.token_ids[place]) == (node, token_id))
-        following = next(found, None)
+        following = _child(tree, node, token_id)
         if following is None:
             return None
         node = following
     return node
 
 
+def _child(tree: TokenTree, parent: int, token_id: int) -> int | None:
+    place = parent
+    while True:
+        try:
+            place = tree.token_ids.index(token_id, place + 1)
+        except ValueError:
+            return None
+        if tree.parents[place] == parent:
+            return place
+
+
 def likeliest_line(tree: TokenTree | None, request: Request) -> Line:
     """The likeliest line of `tree` behind the verified tokens."""
     root = find_root(tree, request)
-    if tree is None or root is None:
-        return Line()
+    return Line() if tree is None or root is None else _likeliest_line(tree, root, request.room)
+
+
+def _likeliest_line(tree: TokenTree, root: int, room: int) -> Line:
     places: list[int] = []
     node = root
-    for place in range(
-        root + 1, len(tree.token_ids)
-    ):  # The likeliest child of a node comes first, and behind the node.
-        if tree.parents[place] == node and len(places) < request.room:
+    for place in range(root + 1, len(tree.token_ids)):  # The likeliest child of a node comes first, and behind it.
+        if tree.parents[place] == node and len(places) < room:
             places.append(place)
             node = place
-    token_ids, chances = (
-        tuple(tree.token_ids[place] for place in places),
-        tuple(tree.chances[place] for place in places),
-    )
-    return Line(token_ids, chances, len(places))
+    token_ids = tuple(tree.token_ids[place] for place in places)
+    return Line(token_ids, tuple(tree.chances[place] for place in places), len(places))
 
 
 class Lines:
@@ -80,25 +86,20 @@ class Lines:
 
     Parameters
     ----------
-    acceptance : Acceptance
-        Learns how often the draft's tokens stand.
     lookup_chances : LookupChances or None
         Learns how often tokens stand that are looked up; None: none are.
     is_tree : bool
         Whether one forward may verify several lines.
     """
 
-    def __init__(self, acceptance: Acceptance, lookup_chances: LookupChances | None, is_tree: bool = True) -> None:
-        self._acceptance = acceptance
+    def __init__(self, lookup_chances: LookupChances | None, is_tree: bool = True) -> None:
         self._chances = lookup_chances
         self._is_tree = is_tree
-        self._launched: dict[int, tuple[int, Guesses]] = {}  # request -> its length at launch, what was verified
         self._lookups: dict[int, PromptLookup] = {}
         self._found: dict[int, tuple[list[int], int]] = {}  # request -> tokens looked up behind it, matching ones
 
     def settle(self, request: Request) -> None:
         """Learn what became of the guesses behind the last verified tokens, and look up those behind the new ones."""
-        self._settle_drafted(request)
         if self._chances is None:
             return
         lookup = self._lookups.setdefault(request.request_id, PromptLookup())
@@ -112,21 +113,10 @@ class Lines:
         lookup.extend(new)
         self._found[request.request_id] = lookup.continuation((), MAX_LOOKED_UP)
 
-    def _settle_drafted(self, request: Request) -> None:
-        length, guesses = self._launched.pop(request.request_id, (0, Guesses()))
-        node = -1
-        for right in request.verified[length:]:
-            behind = [place for place in guesses.behind(node) if not guesses.are_looked_up[place]]
-            if not behind:
-                return
-            node = next((place for place in behind if guesses.token_ids[place] == right), -1)
-            self._acceptance.record(node >= 0)
-            if node < 0:
-                return
-
     def propose(self, request: Request, tree: TokenTree | None, least: float) -> Proposal:
         """The guesses that are likelier than `least` to be verified: of all lines, or of the one that promises most."""
-        drafted = likeliest_line(tree, request)
+        root = find_root(tree, request)
+        drafted = Line() if tree is None or root is None else _likeliest_line(tree, root, request.room)
         lines = [drafted]
         if self._chances is not None:
             lines = [self._extended(Line(), *self._found[request.request_id])]
@@ -135,40 +125,40 @@ class Lines:
                 lines.insert(0, self._extended(drafted, *behind))
         best = max(lines, key=lambda line: line.expected_tokens)
         guesses = GuessTree(request.room)
-        if self._is_tree:
-            _add_drafted(guesses, tree, request, least)
+        if self._is_tree and tree is not None and root is not None:
+            _add_drafted(guesses, tree, root, least)
         for line in lines if self._is_tree else [best]:
-            _add_line(guesses, line)
-        return Proposal(best, guesses.above(least, MAX_TREE_TOKENS))
+            _add_line(guesses, line, least)
+        return Proposal(best, guesses.above(least, MAX_TREE_TOKENS), tree)
 
     def _extended(self, line: Line, found: Sequence[int], match: int) -> Line:
         assert self._chances is not None
         chances = tuple(self._chances.chance(match + place) for place in range(len(found)))
         return Line(line.token_ids + tuple(found), line.chances + chances, line.num_drafted)
 
-    def launch(self, request: Request, guesses: Guesses) -> None:
-        """These are being verified."""
-        self._launched[request.request_id] = len(request.verified), guesses
 
-
-def _add_drafted(guesses: GuessTree, tree: TokenTree | None, request: Request, least: float) -> None:
-    """Add what `tree` holds behind the verified tokens, as far as it may be likelier than `least`."""
-    root = find_root(tree, request)
-    if tree is None or root is None:
-        return
+def _add_drafted(guesses: GuessTree, tree: TokenTree, root: int, least: float) -> None:
+    """Add what `tree` holds behind its place `root`, as far as it may be likelier than `least`."""
     known: dict[int, tuple[int, float]] = {root: (-1, 1.0)}  # place in the tree -> place in `guesses`, path's chance
     for place in range(root + 1, len(tree.token_ids)):
         parent, before = known.get(tree.parents[place], (None, 0.0))
+        if parent is None:
+            continue
         chance = before * tree.chances[place]
-        if parent is not None and chance > least:
-            added = guesses.add(parent, tree.token_ids[place], tree.chances[place])
-            if added is not None:
-                known[place] = added, chance
+        if chance <= least:
+            break  # The likelier of two guesses behind the same token comes first, wherever they are.
+        added = guesses.add(parent, tree.token_ids[place], tree.chances[place])
+        if added is not None:
+            known[place] = added, chance
 
 
-def _add_line(guesses: GuessTree, line: Line) -> None:
-    parent = -1
+def _add_line(guesses: GuessTree, line: Line, least: float) -> None:
+    """Add a line as far as it may be likelier than `least`."""
+    parent, path_chance = -1, 1.0
     for place, (token_id, chance) in enumerate(zip(line.token_ids, line.chances, strict=True)):
+        path_chance *= chance
+        if path_chance <= least:
+            return
         added = guesses.add(parent, token_id, chance, is_looked_up=place >= line.num_drafted)
         if added is None:
             return

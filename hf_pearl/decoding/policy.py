@@ -1,17 +1,17 @@
-"""When to launch the target, and on how many draft tokens: a small cost model and one rule.
+"""When to launch the target, and on how many draft tokens: measured times, measured yield, and two comparisons.
 
-The rule comes from renewal theory. Let `p` be the chance that a draft token stands, `d` the time of a draft step,
-`t(k)` the time of a target forward that verifies `k` draft tokens, and `m` the draft steps that fit beside it. A policy
-"after a miss, wait for `w` draft tokens" gives cycles from miss to miss: a first forward on `w` tokens, and, as long as
-everything stands, further forwards on the `m - 1` tokens drafted meanwhile. Tokens over time of a cycle is the rate of
-the policy, and the best `w` is found by trying them all.
+A token that is verified delays all rows by what a wider forward takes, a draft step that is waited for by what it
+takes. Either pays where it gains more tokens than decoding yields in that time. A policy that does what beats its own
+rate, and measures its rate, climbs to the best one (Dinkelbach 1967, "On nonlinear fractional programming").
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-MAX_WAIT = 16
+CYCLE_MEMORY = 64.0  # cycles
+WAIT_MEMORY = 256.0  # cycles
+# What is expected of waits before there were any, and again when there were none for long.
+PRIOR_WAITS, PRIOR_GAIN, PRIOR_STEPS = 4.0, 0.5, 1.0
+UNMEASURED = 0.1  # chance from which guesses are verified before any time is known
 
 
 class ForwardTimes:
@@ -29,9 +29,14 @@ class ForwardTimes:
         self._xy = self._xy * self._keep + num_tokens * seconds
 
     @property
+    def is_known(self) -> bool:
+        """Whether any forward was recorded."""
+        return self._weight > 0.0
+
+    @property
     def per_token(self) -> float:
         """Seconds that one more token costs; 4% of a forward until forwards of different sizes were seen."""
-        if not self._weight:
+        if not self.is_known:
             return 0.0
         mean_x, mean_y = self._x / self._weight, self._y / self._weight
         variance = self._xx / self._weight - mean_x**2
@@ -42,90 +47,102 @@ class ForwardTimes:
 
     def seconds(self, num_tokens: float) -> float:
         """Expected seconds of a forward over `num_tokens` tokens."""
-        if not self._weight:
+        if not self.is_known:
             return 0.0
         return self._y / self._weight + self.per_token * (num_tokens - self._x / self._weight)
 
 
-class Acceptance:
-    """Running share of judged draft tokens that stood."""
+class Fading:
+    """Sums in which what was added long ago counts little.
 
-    def __init__(self, prior: float = 0.7, prior_weight: float = 8.0, memory: float = 128.0) -> None:
-        self._judged, self._stood = prior_weight, prior * prior_weight
-        self._keep = 0.5 ** (1.0 / memory)
-
-    def record(self, stood: bool) -> None:
-        """Learn from one judged draft token."""
-        self._judged = self._judged * self._keep + 1.0
-        self._stood = self._stood * self._keep + stood
-
-    @property
-    def chance(self) -> float:
-        """Chance that the next draft token stands."""
-        return min(0.98, self._stood / self._judged)
-
-
-class LaunchRule(NamedTuple):
-    """What the cost model says now.
-
-    Attributes
+    Parameters
     ----------
-    wait_above : float
-        Wait for more draft tokens while the chance that all of a line stands is above this.
-    verify_above : float
-        Verify a draft token while the chance that it and all before it stand is above this.
+    memory : float
+        Additions, or fadings, after which an old one counts half.
     """
 
-    wait_above: float
-    verify_above: float
+    def __init__(self, size: int, memory: float) -> None:
+        self.values = [0.0] * size
+        self._keep = 0.5 ** (1.0 / memory)
+
+    def fade(self) -> None:
+        """All that was added counts a little less."""
+        self.values = [value * self._keep for value in self.values]
+
+    def add(self, *values: float) -> None:
+        """Add to every sum."""
+        self.values = [old + new for old, new in zip(self.values, values, strict=True)]
 
 
-def launch_rule(
-    chance: float, draft_seconds: float, forward: ForwardTimes, num_rows: int, concurrent: bool
-) -> LaunchRule:
-    """The best policy under the current measurements (see the module's docstring)."""
-    if draft_seconds <= 0.0 or forward.seconds(1) <= 0.0:
-        return LaunchRule(wait_above=0.5, verify_above=worth_verifying_above(forward, num_rows))
-    best_rate, best_wait = 0.0, 0
-    for wait in range(MAX_WAIT + 1):
-        rate = cycle_rate(wait, chance, draft_seconds, forward, num_rows, concurrent)
-        if rate > best_rate:
-            best_rate, best_wait = rate, wait
-    wait_above = 1.0 if best_wait == 0 else chance ** (best_wait - 0.5)
-    # One more token of one row delays all rows: it must be worth more than all of them yield in that time.
-    return LaunchRule(wait_above=wait_above, verify_above=min(0.5, num_rows * best_rate * forward.per_token))
+class Cycles:
+    """Cycles of one width: what they took, and what they yielded."""
+
+    def __init__(self) -> None:
+        self.times = ForwardTimes()
+        self._yield = Fading(2, CYCLE_MEMORY)  # tokens per row, seconds
+
+    def record(self, num_rows: int, num_verified: int, seconds: float) -> None:
+        """Learn from one that gave all rows `num_verified` tokens, waiting included."""
+        self._yield.fade()
+        self._yield.add(num_verified / num_rows, seconds)
+
+    def rate(self, num_rows: int) -> float:
+        """Tokens per second of all rows; 0.0 while unknown."""
+        tokens, seconds = self._yield.values
+        return num_rows * tokens / seconds if seconds > 0.0 else 0.0
+
+
+class Pace:
+    """What decoding with a draft yields per second, what verifying a guess costs, and what waiting for more gains.
+
+    All of it is measured where it is used, so that it holds whatever a machine, a pair and a text are like: how much a
+    verdict in the middle of a draft step delays the guesses behind it, and how uncertain the place is at which a line
+    has ended, no closed form knows.
+    """
+
+    def __init__(self) -> None:
+        self._cycles: dict[int, Cycles] = {}  # by rows, in powers of two: a row costs more than a guess
+        self._waits = Fading(3, WAIT_MEMORY)  # hoped, gained, steps
+
+    def _of(self, num_rows: int) -> Cycles:
+        return self._cycles.setdefault(num_rows.bit_length(), Cycles())
+
+    def record_cycle(self, num_rows: int, num_tokens: int, num_verified: int, seconds: float, waited: float) -> None:
+        """Learn from a cycle: a forward over `num_tokens` tokens, and `seconds` of which it `waited` for guesses."""
+        cycles = self._of(num_rows)
+        cycles.record(num_rows, num_verified, seconds)
+        if num_tokens > num_rows:  # The first guess makes windows ragged, which costs more than those behind it.
+            cycles.times.record(num_tokens, seconds - waited)
+        self._waits.fade()
+
+    def record_wait(self, hoped: float, gained: float, num_steps: float) -> None:
+        """Learn from a wait of `num_steps` draft steps' time: `gained` tokens are expected more than before it."""
+        self._waits.add(hoped, gained, num_steps * hoped)
+
+    def worth_verifying_above(self, num_rows: int) -> float:
+        """The chance from which verifying a guess yields more than all rows do in the time that it takes."""
+        cycles = self._of(num_rows)
+        return min(0.5, cycles.rate(num_rows) * cycles.times.per_token) if cycles.times.is_known else UNMEASURED
+
+    def wait_pays(self, hoped: float, num_rows: int, step_seconds: float) -> bool:
+        """Whether waiting for the next draft step gains more than decoding yields in that time.
+
+        One-step look-ahead: what the draft makes after the launch is the same either way, so that only the coming
+        window differs, by the tokens waited for.
+
+        Parameters
+        ----------
+        hoped : float
+            Sum of the chances that those lines stand that a draft step may lengthen: what it gains if all of it stands.
+        """
+        known_hoped, known_gained, known_steps = self._waits.values
+        weight = PRIOR_WAITS + known_hoped
+        gained = (PRIOR_WAITS * PRIOR_GAIN + known_gained) / weight
+        num_steps = (PRIOR_WAITS * PRIOR_STEPS + known_steps) / weight
+        return hoped * gained > self._of(num_rows).rate(num_rows) * num_steps * step_seconds > 0.0
 
 
 def worth_verifying_above(forward: ForwardTimes, num_rows: int) -> float:
     """The chance from which verifying a guess takes no more time than a forward without guesses takes for a token."""
     seconds = forward.seconds(num_rows)
-    return min(0.5, forward.per_token / seconds * num_rows) if seconds > 0.0 else 0.1
-
-
-def cycle_rate(
-    wait: int, chance: float, draft_seconds: float, forward: ForwardTimes, num_rows: int, concurrent: bool
-) -> float:
-    """Tokens per second and row of the policy "after a miss, wait for `wait` draft tokens".
-
-    A miss finds a concurrent draft in the middle of a step, which it finishes first: half a step on average. Where the
-    target waits for draft tokens, it waits for that too; where it does not, its next window is so much shorter.
-    """
-    first_forward = forward.seconds(num_rows * (1 + wait))
-    ahead = restart = 0.0
-    if concurrent:
-        ahead, restart = min(MAX_WAIT, max(0.0, first_forward / draft_seconds - 1.0)), 0.5
-    second, later = max(wait, ahead - (0.0 if wait else restart)), max(wait, ahead)
-    missing_seconds = (later - ahead) * draft_seconds
-    num_second = chance ** (wait + 1)
-    num_later = num_second * chance ** (second + 1) / (1.0 - chance ** (later + 1))
-    seconds = first_forward + ((wait + restart) * draft_seconds if wait else 0.0)
-    seconds += num_second * (missing_seconds + forward.seconds(num_rows * (1 + second)))
-    seconds += num_later * (missing_seconds + forward.seconds(num_rows * (1 + later)))
-    tokens = _expected_tokens(chance, wait)
-    tokens += num_second * _expected_tokens(chance, second) + num_later * _expected_tokens(chance, later)
-    return tokens / seconds
-
-
-def _expected_tokens(chance: float, num_guesses: float) -> float:
-    """Accepted draft tokens plus one, of a window of `num_guesses` (Leviathan et al. 2023, equation 1)."""
-    return (1.0 - chance ** (num_guesses + 1)) / (1.0 - chance)
+    return min(0.5, forward.per_token / seconds * num_rows) if seconds > 0.0 else UNMEASURED

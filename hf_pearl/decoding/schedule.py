@@ -17,7 +17,7 @@ from .guesses import Guesses
 from .lines import Lines, Proposal, likeliest_line
 from .lookup import LookupChances
 from .messages import TokenTree
-from .policy import Acceptance, ForwardTimes, LaunchRule, launch_rule, worth_verifying_above
+from .policy import ForwardTimes, Pace, worth_verifying_above
 from .request import Request
 
 
@@ -139,46 +139,49 @@ class FreeRunning(NoDraft):
     def __init__(
         self,
         draft: DraftRunner,
-        forward_times: ForwardTimes,
-        acceptance: Acceptance,
+        pace: Pace,
         overlap: bool = True,
         lookup_chances: LookupChances | None = None,
         verifies_tree: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.draft = draft
-        self.forward_times = forward_times
-        self.acceptance = acceptance
+        self.pace = pace
         self.overlap = overlap
-        self._lines = Lines(acceptance, lookup_chances, verifies_tree)
+        self._lines = Lines(lookup_chances, verifies_tree)
         self._clock = clock
+        self._num_rows = 1
 
     def before_forward(self, requests: Sequence[Request]) -> dict[int, Guesses]:
         """The draft tokens of every request that the coming forward verifies; waits for them where that pays."""
-        step_seconds = self.draft.step_seconds
-        rule = launch_rule(
-            self.acceptance.chance,
-            step_seconds,
-            self.forward_times,
-            max(1, len(requests)),
-            concurrent=self.overlap and self.draft.concurrent,
-        )
+        self._num_rows = num_rows = max(1, len(requests))
+        least = self.pace.worth_verifying_above(num_rows)
         for request in requests:
             self._lines.settle(request)
         self.waited_seconds = 0.0
+        proposals = self._propose(requests, least)
         for _ in range(self.draft.max_line):
-            proposals = {request.request_id: self._propose(request, rule) for request in requests}
-            if not self._wait_pays(requests, proposals, rule):
+            hoped = self._hoped(requests, proposals)
+            if not self._wait_pays(hoped):
                 break
-            num_steps = self.draft.num_steps + 1
-            if not self.overlap:
-                self.draft.grant(1)
-            began = self._clock()
-            has_come = self.draft.wait(num_steps, timeout=0.005 + 4 * step_seconds)
-            self.waited_seconds += self._clock() - began
+            before, began = _surplus(proposals, least), self._clock()
+            has_come = self._wait()
+            waited = self._clock() - began
+            self.waited_seconds += waited
+            proposals = self._propose(requests, least, proposals)
             if not has_come:
                 break
-        return self._launch(requests, proposals)
+            step_seconds = self.draft.step_seconds
+            if step_seconds > 0.0:
+                self.pace.record_wait(hoped, _surplus(proposals, least) - before, waited / step_seconds)
+        return {request_id: proposal.guesses for request_id, proposal in proposals.items()}
+
+    def _wait(self) -> bool:
+        """Wait for a draft step; False where none came."""
+        num_steps = self.draft.num_steps + 1
+        if not self.overlap:
+            self.draft.grant(1)
+        return self.draft.wait(num_steps, timeout=0.005 + 4 * self.draft.step_seconds)
 
     def without_draft(self, requests: Sequence[Request], times: ForwardTimes) -> dict[int, Guesses]:
         """What can be looked up for every request, while the draft rests; `times` are those of forwards meanwhile."""
@@ -186,20 +189,30 @@ class FreeRunning(NoDraft):
         for request in requests:
             self._lines.settle(request)
         least = worth_verifying_above(times, max(1, len(requests)))
-        return self._launch(requests, {each.request_id: self._lines.propose(each, None, least) for each in requests})
+        return {each.request_id: self._lines.propose(each, None, least).guesses for each in requests}
 
-    def _propose(self, request: Request, rule: LaunchRule) -> Proposal:
-        return self._lines.propose(request, self.draft.tree(request.request_id), rule.verify_above)
-
-    def _launch(self, requests: Sequence[Request], proposals: dict[int, Proposal]) -> dict[int, Guesses]:
+    def _propose(
+        self, requests: Sequence[Request], least: float, known: dict[int, Proposal] | None = None
+    ) -> dict[int, Proposal]:
+        """A proposal for every request; the known one where the draft has published nothing since."""
+        proposals = {}
         for request in requests:
-            self._lines.launch(request, proposals[request.request_id].guesses)
-        return {request_id: proposal.guesses for request_id, proposal in proposals.items()}
+            request_id = request.request_id
+            tree = self.draft.tree(request_id)
+            if known is not None and known[request_id].tree is tree:
+                proposals[request_id] = known[request_id]
+            else:
+                proposals[request_id] = self._lines.propose(request, tree, least)
+        return proposals
 
-    def _wait_pays(self, requests: Sequence[Request], proposals: dict[int, Proposal], rule: LaunchRule) -> bool:
-        """Whether the lines that may still grow are likely enough, on average over all rows, to be waited for."""
-        if not self.draft.step_seconds and self.draft.concurrent and self.overlap:
-            return False  # The worker has not started, or not yet made a step: the target does not wait for it.
+    def _wait_pays(self, hoped: float) -> bool:
+        step_seconds = self.draft.step_seconds
+        if not step_seconds:  # A lane of its own has not started, or not yet made a step: it is not waited for.
+            return hoped > 0.0 and not (self.draft.concurrent and self.overlap)
+        return self.pace.wait_pays(hoped, self._num_rows, step_seconds)
+
+    def _hoped(self, requests: Sequence[Request], proposals: dict[int, Proposal]) -> float:
+        """How many tokens a draft step would gain if all that it guesses stood."""
         total = 0.0
         for request in requests:
             line = proposals[request.request_id].line
@@ -209,8 +222,14 @@ class FreeRunning(NoDraft):
                 request.room, self.draft.max_line
             ):
                 total += line.chance
-        return bool(requests) and total / len(requests) > rule.wait_above
+        return total
 
     def learn(self, num_tokens: int, seconds: float, num_verified: int) -> None:
         """Learn from a cycle: its forward over `num_tokens` tokens and all else that it took, waiting left out."""
-        self.forward_times.record(num_tokens, seconds)
+        waited = self.waited_seconds
+        self.pace.record_cycle(self._num_rows, num_tokens, num_verified, seconds + waited, waited)
+
+
+def _surplus(proposals: dict[int, Proposal], least: float) -> float:
+    """How many tokens are expected of the guesses, less what verifying them costs."""
+    return sum(chance - least for proposal in proposals.values() for chance in proposal.guesses.chances)

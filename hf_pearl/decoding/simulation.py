@@ -16,7 +16,7 @@ from .drafting import MAX_WIDTH, Drafter
 from .lookup import LookupChances
 from .loop import DecodingLoop
 from .messages import Admission, Grant, Removal, TokenTree, Verdict, Window
-from .policy import Acceptance, ForwardTimes
+from .policy import Pace
 from .recorded import RecordedLane, RecordedProposer, TracedGuess, has_tokens
 from .request import Request
 from .rules import Rules
@@ -46,8 +46,7 @@ class Learnt:
     """What an engine knows of its pair; given to one run after the other, it is kept between them as an engine does."""
 
     calibration: Calibration = field(default_factory=Calibration)
-    forward_times: ForwardTimes = field(default_factory=ForwardTimes)
-    acceptance: Acceptance = field(default_factory=Acceptance)
+    pace: Pace = field(default_factory=Pace)
     lookup_chances: LookupChances = field(default_factory=LookupChances)
 
 
@@ -266,7 +265,7 @@ def _schedule(
         return NoDraft()
     if isinstance(draft_length, int):
         return Lockstep(draft, draft_length, overlap)
-    drafting = FreeRunning(draft, learnt.forward_times, learnt.acceptance, overlap, lookup_chances, clock=clock)
+    drafting = FreeRunning(draft, learnt.pace, overlap, lookup_chances, clock=clock)
     if benefits is None:
         return drafting
     return WhilePays(requests, drafting, draft, benefits, lambda is_leaving: None, clock)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import struct
 from array import array
 from collections.abc import Sequence
@@ -236,9 +237,9 @@ def decode_tree(content: bytes, vocab_size: int) -> tuple[int, TokenTree]:
     tokens, parents, chances = values[:count], values[count : 2 * count], values[2 * count :]
     if count and (min(tokens) < 0 or max(tokens) >= vocab_size):
         raise MalformedRecordError(f"a guess outside the vocabulary of {vocab_size}")
-    if not all(-1 <= parent < place for place, parent in enumerate(parents)):
+    if count and (min(parents) < -1 or min(map(operator.sub, range(count), parents)) < 1):
         raise MalformedRecordError("a guess before the one it follows")
-    if not all(0.0 <= chance <= 1.0 for chance in chances):  # NaN is not
+    if count and not (min(chances) >= 0.0 and max(chances) <= 1.0 and not math.isnan(sum(chances))):
         raise MalformedRecordError("a chance outside [0, 1]")
     call, request_id, verdict, num_steps, root = numbers
     return call, TokenTree(request_id, verdict, num_steps, root, tokens, parents, chances)
