@@ -13,6 +13,8 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, Pr
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from .models import all_modules
+
 __all__ = [
     "AttentionInterface",
     "AttentionMaskInterface",
@@ -28,7 +30,7 @@ __all__ = [
 
 def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """Every configuration in which a layer looks its attention up; layers copied one by one have their own."""
-    configs = [vars(module).get("config") for module in model.modules()]
+    configs = [vars(module).get("config") for module in all_modules(model)]
     return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
 
 

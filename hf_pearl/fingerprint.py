@@ -11,6 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
+from .models import all_modules
+
 # parameter -> optimizer steps that it took part in: fused optimizers write around autograd's version counter.
 _steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -24,7 +26,7 @@ def fingerprint(model: torch.nn.Module) -> Hashable:
     `hf_pearl.clear_cache(model)` is for these.
     """
     _watch_optimizers()
-    modules = list(model.modules())  # One walk: this is done before every call.
+    modules = all_modules(model)  # One walk: this is done before every call.
     kinds = (tensors for module in modules for tensors in (module._parameters, module._buffers))
     states = tuple(_state(tensor) for tensors in kinds for tensor in tensors.values() if tensor is not None)
     return states, _active_adapters(modules), _hooks(modules), _autocast(model)

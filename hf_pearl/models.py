@@ -1,9 +1,10 @@
-"""The transformers model inside what a user hands over."""
+"""The transformers model inside what a user hands over, and its parts."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import GenerationMixin
 
 
@@ -19,3 +20,14 @@ def generative_model(model: Any) -> Any:
     if not isinstance(inner, GenerationMixin):
         raise TypeError(f"`model` must be a transformers model that can generate, got {type(model).__name__}.")
     return inner
+
+
+def all_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Every part of a model once, in a fixed order; `model.modules()` takes several times as long for each call."""
+    modules, known = [model], {id(model)}
+    for module in modules:  # It grows while it is walked.
+        for part in module._modules.values():
+            if part is not None and id(part) not in known:
+                known.add(id(part))
+                modules.append(part)
+    return modules

@@ -66,11 +66,12 @@ def is_near_tie(
 def window_logits(target: PreTrainedModel, ids: torch.Tensor, num_prompt_tokens: int, window: int) -> torch.Tensor:
     """Logits after the prompt and after every token behind it, computed `window` tokens at a time: `(t, V)`, float32.
 
-    Windows are aligned to the end, so that the last token is computed in a full one wherever there is room for it.
+    Windows are aligned to the end. Of the prompt, the last tokens are computed so too where little is behind it: the
+    last token is in a full window of every size.
     """
     cache = DynamicCache(config=target.config)
-    rows = [target(ids[:, :num_prompt_tokens], past_key_values=cache, use_cache=True).logits[:, -1:]]
-    start, length = num_prompt_tokens, ids.shape[1]
+    start, length = min(num_prompt_tokens, max(1, ids.shape[1] - max(WINDOWS))), ids.shape[1]
+    rows = [target(ids[:, :start], past_key_values=cache, use_cache=True).logits[:, -1:]]
     ends = [*range(length, start, -window)][::-1]  # Aligned to the end.
     for end in ends:
         rows.append(target(ids[:, start:end], past_key_values=cache, use_cache=True).logits)

@@ -16,6 +16,7 @@ from ..cache.sdpa import TreeMask
 from ..cache.step import PagedStep
 from ..decoding.messages import Window
 from ..errors import PearlOutOfBlocksError
+from ..models import all_modules
 from .inference import may_use_inference_mode
 
 
@@ -66,7 +67,7 @@ class ModelLane:
 
         Inside, every sequence that was admitted is freed, whatever happens.
         """
-        training = [module for module in self.model.modules() if module.training]
+        training = [module for module in all_modules(self.model) if module.training]
         try:
             if training:
                 self.model.eval()
