@@ -39,7 +39,7 @@ def is_near_tie(
     """Whether two outputs part at two tokens that the target finds equally good, as far as its rounding can tell.
 
     That is: their scores (`log p`, with the noise of sampling) are at most twice as far apart as the largest change of
-    a score between windows of different sizes.
+    a score between windows of different sizes, or no farther than two logits that are neighbours in the target's dtype.
 
     Parameters
     ----------
@@ -57,10 +57,12 @@ def is_near_tie(
     scale = temperature or 1.0
     first, *others = [window_logits(target, ids, prompt.shape[1], window) / scale for window in WINDOWS]
     change = max(float((first - other).abs().max()) for other in others)
+    both = [expected[place], got[place]]
+    resolution = torch.finfo(target.dtype).eps * float(first[-1][both].abs().max())
     scores = first[-1]
     if temperature:
         scores = scores + gumbel_noise(request_seed(call_seed, row), ids.shape[1], 1, scores.shape[0], scores.device)[0]
-    return abs(float(scores[expected[place]] - scores[got[place]])) <= 2 * change
+    return abs(float(scores[both[0]] - scores[both[1]])) <= max(2 * change, resolution)
 
 
 def window_logits(target: PreTrainedModel, ids: torch.Tensor, num_prompt_tokens: int, window: int) -> torch.Tensor:
