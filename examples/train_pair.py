@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -372,14 +373,15 @@ def coupled_sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample at temperature 1 with one Gumbel noise for both models; return the rows and where the draft agreed."""
     generator = torch.Generator().manual_seed(0)
-    rows, matches, caches = prompts, [], [None, None]
+    rows, matches = prompts, []
+    caches = [DynamicCache(config=model.config) for model in (teacher, draft)]
     for _ in range(num_tokens):
         noise = -torch.log(-torch.log(torch.rand(len(rows), VOCAB_SIZE, generator=generator).clamp_min(1e-20)))
         choices = []
         for index, model in enumerate((teacher, draft)):
-            ids = rows if caches[index] is None else rows[:, -1:]
-            output = model(ids.to(model.device), past_key_values=caches[index], use_cache=True)
-            caches[index] = output.past_key_values
+            ids = rows[:, caches[index].get_seq_length() :]
+            # By its place: the name of this argument depends on the version of transformers.
+            output = model(ids.to(model.device), None, None, caches[index], use_cache=True)
             choices.append((output.logits[:, -1].float().cpu().log_softmax(-1) + noise).argmax(-1))
         matches.append(choices[0] == choices[1])
         rows = torch.cat([rows, choices[0][:, None]], dim=1)

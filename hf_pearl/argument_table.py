@@ -1,6 +1,6 @@
 """The table of everything a `generate` call can be given, and what `pearl` makes of it.
 
-One `Row` per argument of `generate`, per field of `GenerationConfig` (transformers 5.17 to 5.23) and per kind of model
+One `Row` per argument of `generate`, per field of `GenerationConfig` (transformers 5.17 to 5.24) and per kind of model
 that cannot be served. `hf_pearl.arguments` checks calls by it, and `docs/arguments.md` is written from it; nothing here
 knows how a call is made.
 """
@@ -129,8 +129,9 @@ ARGUMENTS: tuple[Row, ...] = (
     _refused("negative_prompt_ids", GIVEN, "it belongs to classifier-free guidance", OMIT, "argument"),
     _refused("negative_prompt_attention_mask", GIVEN, "it belongs to classifier-free guidance", OMIT, "argument"),
     _refused("inputs_embeds", GIVEN, "prompts are cached and verified by token id", "Pass `input_ids`", "argument"),
-    _refused("past_key_values", GIVEN, "the cache is hf_pearl's own, and prefixes are kept from call to call by itself",
-             "Pass the whole text as `input_ids`: what is cached is not computed again", "argument"),
+    *(_refused(name, GIVEN, "the cache is hf_pearl's own, and prefixes are kept from call to call by itself",
+               "Pass the whole text as `input_ids`: what is cached is not computed again", "argument")
+      for name in ("cache", "past_key_values")),
     _refused(MODEL_INPUT, GIVEN, "of model inputs only ids, mask and positions are supported (no `pixel_values`, "
              "`token_type_ids`, ...)", OMIT, "argument"),
 )
@@ -218,7 +219,7 @@ PAGE = """# The arguments of `generate` with `pearl`
 
 <!-- Written by `python -m hf_pearl.arguments > docs/arguments.md` from hf_pearl/argument_table.py: do not edit. -->
 
-Every argument of `generate` and every field of `GenerationConfig` (transformers 5.17 to 5.23), and what becomes of it
+Every argument of `generate` and every field of `GenerationConfig` (transformers 5.17 to 5.24), and what becomes of it
 in `model.generate(..., assistant_model=draft, pearl=True)`:
 
 - *honoured*: it means what it means without `pearl`;

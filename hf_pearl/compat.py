@@ -1,10 +1,11 @@
 """Every name of transformers that is not part of its documented interface, in one place.
 
-Checked on transformers 5.17.0 and 5.23.0, torch 2.11 and 2.13.
+Checked on transformers 5.17.0 and 5.24.0, torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionInterface",
     "AttentionMaskInterface",
     "attention_configs",
+    "cache_argument",
     "eager_attention",
     "effective_generation_config",
     "original_generate",
@@ -61,6 +63,11 @@ def pad_token_id(generation_config: GenerationConfig) -> int | None:
 def supports_attention_interface(model: PreTrainedModel) -> bool:
     """Whether the model's attention layers go through transformers' `AttentionInterface`."""
     return bool(model._can_set_attn_implementation())
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What a model's forward and its `generate` call a cache: `cache` from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 _ORIGINAL_GENERATE = GenerationMixin.generate

@@ -58,6 +58,7 @@ FAMILIES = {
     "Phi": Family("phi", {"intermediate_size": 48}, "rotary embedding of a part of each head"),
     "Phi-3": Family("phi3", {**_GROUPED, "sliding_window": WINDOW}, "window in every layer"),
     "GPT-NeoX": Family("gpt_neox", {"intermediate_size": 64, "rotary_pct": 0.5}),
+    "GPT-J": Family("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "from transformers 5.24 on"),
     "GPT-2": Family("gpt2", {}, "learned positions"),
     "GPT-BigCode": Family("gpt_bigcode", {}, "learned positions, one key-value head"),
     "OPT": Family("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, "learned positions"),
@@ -153,5 +154,5 @@ REFUSED = {
     "Mamba": Family("mamba", {}, "'linear_attention'"),
     "BLOOM": Family("bloom", {"n_head": 4}, "AttentionInterface"),
     "Falcon": Family("falcon", {}, "AttentionInterface"),
-    "GPT-J": Family("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "AttentionInterface"),
+    "MPT": Family("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "AttentionInterface"),
 }

@@ -136,6 +136,7 @@ REFUSED = [
     *of_config("negative_prompt_ids", IDS),
     *of_config("negative_prompt_attention_mask", MASK),
     *of_config("inputs_embeds", torch.zeros(2, 4, 16)),
+    *of_config("cache", DynamicCache(), ()),
     *of_config("past_key_values", DynamicCache(), ()),
     Case("labels", {"labels": IDS}, row=MODEL_INPUT),
     Case("output_router_logits", {"output_router_logits": True}, row=MODEL_INPUT),

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 import hf_pearl
 from hf_pearl import PagedPrefixCache, PearlConfig, PearlOutOfBlocksError
 from hf_pearl.cache.block_pool import BlockPool
+from hf_pearl.compat import cache_argument
 from hf_pearl.registry import engine_for
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 12}
@@ -41,7 +42,7 @@ def test_inference_mode_in_one_call_and_not_in_the_next(target: PreTrainedModel)
     cache = PagedPrefixCache(target.config)
     for is_on in (True, False, True):
         with torch.inference_mode(is_on):
-            assert torch.equal(target.generate(**inputs, **OPTIONS, past_key_values=cache), expected)
+            assert torch.equal(target.generate(**inputs, **OPTIONS, **{cache_argument(target): cache}), expected)
         cache.reset()
 
 
@@ -69,7 +70,7 @@ def test_gradients_are_those_of_a_dynamic_cache(target: PreTrainedModel) -> None
     gradients = []
     for cache in (DynamicCache(), PagedPrefixCache(target.config)):
         target.zero_grad()
-        target(input_ids=ids, labels=ids, past_key_values=cache).loss.backward()
+        target(input_ids=ids, labels=ids, **{cache_argument(target): cache}).loss.backward()
         gradients.append(target.model.layers[0].self_attn.k_proj.weight.grad.clone())
     torch.testing.assert_close(*gradients)
     assert gradients[0].abs().max() > 0

@@ -16,6 +16,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel
 from hf_pearl import PagedPrefixCache, PearlOutOfBlocksError, PearlUnsupportedModelError
 from hf_pearl.cache import batch as batch_of_rows
 from hf_pearl.cache.paged_layer import EvenRows
+from hf_pearl.compat import cache_argument
 
 BLOCK_SIZE = 4
 LENGTHS = (9, 23, 40)
@@ -48,24 +49,24 @@ def test_generate_gives_the_same_tokens(architecture: str, options: dict[str, An
     model, inputs = tiny_model(architecture, 1), padded_prompts()
     options = {**options, "do_sample": False, "max_new_tokens": 30}
     cache = new_cache(model)
-    output = model.generate(**inputs, **options, past_key_values=cache)
-    assert torch.equal(output, model.generate(**inputs, **options, past_key_values=DynamicCache()))
+    output = model.generate(**inputs, **options, **{cache_argument(model): cache})
+    assert torch.equal(output, model.generate(**inputs, **options, **{cache_argument(model): DynamicCache()}))
     assert cache.get_seq_length() == output.shape[1] - 1
     cache.check_integrity([])
     cache.reset()
     assert (cache.get_seq_length(), cache.pool.num_referenced) == (0, 0)
-    assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), output)
+    assert torch.equal(model.generate(**inputs, **options, **{cache_argument(model): cache}), output)
 
 
 def test_a_second_turn_computes_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_model("llama", 1), padded_prompts((20,))
     cache, options = new_cache(model), {"do_sample": False, "max_new_tokens": 10}
-    first = model.generate(**inputs, **options, past_key_values=cache)
+    first = model.generate(**inputs, **options, **{cache_argument(model): cache})
     lengths: list[int] = []
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    second = model.generate(torch.cat([first, inputs["input_ids"]], dim=1), **options, past_key_values=cache)
+    second = model.generate(torch.cat([first, inputs["input_ids"]], dim=1), **options, **{cache_argument(model): cache})
     assert lengths[0] == 21  # the last token of the first answer has not been computed yet
     assert torch.equal(second, model.generate(torch.cat([first, inputs["input_ids"]], dim=1), **options))
 
@@ -75,7 +76,7 @@ def test_assisted_generation_of_transformers_rolls_it_back() -> None:
     options = {"do_sample": False, "max_new_tokens": 30, "assistant_model": draft}
     cache = new_cache(target)
     assert torch.equal(
-        target.generate(**inputs, **options, past_key_values=cache), target.generate(**inputs, **options)
+        target.generate(**inputs, **options, **{cache_argument(target): cache}), target.generate(**inputs, **options)
     )
 
 
@@ -179,7 +180,7 @@ def test_a_pickled_cache_is_as_large_as_what_is_in_use() -> None:
 def test_a_copy_takes_only_what_is_in_use() -> None:
     model, inputs = tiny_model("llama", 1), padded_prompts((20,))
     cache = new_cache(model)
-    model.generate(**inputs, max_new_tokens=5, do_sample=False, past_key_values=cache)
+    model.generate(**inputs, max_new_tokens=5, do_sample=False, **{cache_argument(model): cache})
     copied = copy.deepcopy(cache)
     cache.crop(-10)
     assert (copied.get_seq_length(), cache.get_seq_length()) == (24, 14)

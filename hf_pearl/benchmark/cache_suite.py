@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..cache import PagedPrefixCache
 from ..cache.attention import paged_attention
 from ..cache.sizing import DEFAULT_BLOCK_SIZE
+from ..compat import cache_argument
 from ..decoding.messages import Window
 from ..parallel.lane import ModelLane
 
@@ -63,10 +64,9 @@ def decode_step(model: PreTrainedModel, batch: int, context: int, num_steps: int
     """Milliseconds of a decode step of rows of `context / 4` to `context` tokens (one row: `context`)."""
     lengths = [context - (context - context // 4) * row // max(1, batch - 1) for row in range(batch)]
     cache, inputs = random_dynamic_cache(model, batch, context), _left_padded_step(model, lengths, context)
+    kept = {cache_argument(model): cache, "use_cache": True}
     turns = {
-        "dynamic": Turn(
-            lambda: model(**inputs, past_key_values=cache, use_cache=True), lambda: cache.crop(-1), torch.no_grad
-        ),
+        "dynamic": Turn(lambda: model(**inputs, **kept), lambda: cache.crop(-1), torch.no_grad),
         "paged": paged_step(model, paged_rows(model, lengths)),
     }
     seconds = in_turns(turns, num_steps, model.device)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from ..compat import cache_argument
 from ..decoding.noise import gumbel_noise, request_seed
 
 WINDOWS = (1, 4, 9)  # query tokens: plain decoding, and what speculative decoding verifies at once
@@ -71,11 +72,11 @@ def window_logits(target: PreTrainedModel, ids: torch.Tensor, num_prompt_tokens:
     Windows are aligned to the end. Of the prompt, the last tokens are computed so too where little is behind it: the
     last token is in a full window of every size.
     """
-    cache = DynamicCache(config=target.config)
+    kept = {cache_argument(target): DynamicCache(config=target.config), "use_cache": True}
     start, length = min(num_prompt_tokens, max(1, ids.shape[1] - max(WINDOWS))), ids.shape[1]
-    rows = [target(ids[:, :start], past_key_values=cache, use_cache=True).logits[:, -1:]]
+    rows = [target(ids[:, :start], **kept).logits[:, -1:]]
     ends = [*range(length, start, -window)][::-1]  # Aligned to the end.
     for end in ends:
-        rows.append(target(ids[:, start:end], past_key_values=cache, use_cache=True).logits)
+        rows.append(target(ids[:, start:end], **kept).logits)
         start = end
     return torch.cat(rows, dim=1)[0].float()

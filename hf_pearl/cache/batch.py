@@ -47,7 +47,7 @@ class RowSlots(NamedTuple):
 
 
 class BatchOfRows(Cache, ABC):
-    """`past_key_values` for plain transformers; padding on the left is kept like any token, and masked by the model."""
+    """A `cache` of plain transformers; padding on the left is kept like any token, and masked by the model."""
 
     layers: list[PagedLayer]
     block_size: int

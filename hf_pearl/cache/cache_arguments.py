@@ -32,5 +32,5 @@ def _check_layers(config: PreTrainedConfig) -> None:
     if reason:
         raise PearlUnsupportedModelError(
             f"a model of the type {config.model_type!r} has {reason}, whose state a PagedPrefixCache cannot hold. "
-            "Leave out `past_key_values`: transformers makes a cache that fits."
+            "Leave out `cache` (`past_key_values`): transformers makes a cache that fits."
         )

@@ -27,6 +27,7 @@ TESTED_FAMILIES = frozenset(
         "gpt_bigcode",
         "gpt_neox",
         "gpt_oss",
+        "gptj",
         "granite",
         "llama",
         "mistral",
