@@ -130,7 +130,7 @@ def test_what_became_of_what_was_looked_up_is_learnt_once() -> None:
 class BusyDraft:
     """It never has a line, and counts how often it is waited for."""
 
-    concurrent, is_ready = True, True
+    concurrent, is_ready, is_starting = True, True, False
     step_seconds, max_line, num_steps = 1.0, 32, 0
 
     def __init__(self) -> None:

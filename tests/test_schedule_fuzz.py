@@ -96,6 +96,10 @@ class ArbitraryDraft:
     def is_ready(self) -> bool:
         return self.chance.random() < 0.9
 
+    @property
+    def is_starting(self) -> bool:
+        return self.chance.random() < 0.1
+
     def rest(self, is_resting: bool) -> None:
         self.is_resting = is_resting  # It may go on all the same: nobody relies on its being quick to hear.
         self.run_a_while()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from typing import Literal
 
 from .policy import ForwardTimes
@@ -20,7 +21,8 @@ NUM_PLAIN, NUM_BLOCK = 6, 12  # cycles without, with a draft before it is the ot
 MIN_GAIN = 1.01  # times as fast, or the draft rests
 NUM_CLEAR, CLEAR = 24, 2.0  # cycles of one from which a lead may be clear; standard errors by which it is
 FAR_BEHIND = 0.8  # times as fast, and the challenger has lost
-NUM_CONTEST = 96  # cycles of one after which a lead that is not clear counts for nothing
+NUM_CONTEST = 96  # cycles of one after which a lead counts that is not clear
+STRAY = 3.0  # times the median of its mode's cycles: one that takes longer says nothing of the mode
 MIN_PATIENCE, MAX_PATIENCE = 256, 16384  # cycles until a mode that was slower is tried again
 
 
@@ -29,7 +31,8 @@ class Benefit:
 
     The mode in use is left for the other one if that has won a contest. In a contest the two take turns every few
     cycles, so that both decode the same text: how much of it can be guessed differs more between texts than between
-    modes. The first contest begins with the first cycle, without the draft, whose worker may still be starting.
+    modes. It ends as soon as one is clearly ahead, or is not behind for long. The first contest begins with the first
+    cycle, without the draft.
 
     Attributes
     ----------
@@ -54,26 +57,25 @@ class Benefit:
         return self._champion == "plain"
 
     def rate(self, mode: Mode) -> float:
-        """Tokens per second and row; 0.0 while unknown.
+        """Tokens per second and row; 0.0 while unknown."""
+        return _rate(self._typical(mode))
 
-        Without a draft by the median of the seconds, of which there are few: a stray cycle decides nothing.
-        """
+    def _typical(self, mode: Mode) -> list[tuple[float, float]]:
+        """The cycles of a mode without strays."""
         cycles = self._cycles[mode]
         if not cycles:
-            return 0.0
-        seconds = [seconds for _, seconds in cycles]
-        mean = statistics.median(seconds) if mode == "plain" else statistics.mean(seconds)
-        return statistics.mean(tokens for tokens, _ in cycles) / mean if mean > 0 else 0.0
+            return []
+        longest = STRAY * statistics.median(seconds for _, seconds in cycles)
+        return [cycle for cycle in cycles if cycle[1] <= longest]
 
     def _error(self, mode: Mode) -> float:
-        """Standard error of a rate, a ratio of means; without a draft only what is looked up makes cycles differ."""
-        cycles, rate = self._cycles[mode], self.rate(mode)
+        """Standard error of a rate, a ratio of means."""
+        cycles = self._typical(mode)
+        rate = _rate(cycles)
         if len(cycles) < 2 or not rate:
             return 0.0
-        weight = 0.0 if mode == "plain" else rate
-        deviation = statistics.stdev(tokens - weight * seconds for tokens, seconds in cycles)
-        mean_seconds = statistics.mean(tokens for tokens, _ in cycles) / rate
-        return deviation / math.sqrt(len(cycles)) / mean_seconds
+        deviation = statistics.stdev(tokens - rate * seconds for tokens, seconds in cycles)
+        return deviation / math.sqrt(len(cycles)) / statistics.mean(seconds for _, seconds in cycles)
 
     def record(self, num_tokens: float, seconds: float) -> None:
         """Learn from a cycle of `num_tokens` tokens per row in the present mode."""
@@ -97,13 +99,16 @@ class Benefit:
         self.mode, self._left = mode, NUM_PLAIN if mode == "plain" else NUM_BLOCK
 
     def _is_over(self) -> bool:
-        num_cycles = max(map(len, self._cycles.values()))
         if self.rate(self._challenger) < FAR_BEHIND * self.rate(self._champion):
             return True
-        return self._is_clear or num_cycles >= (NUM_CONTEST if self._lead > 0.0 else NUM_CLEAR)
+        return self._is_clear or self._num_cycles >= (NUM_CONTEST if self._lead > 0.0 else NUM_CLEAR)
+
+    @property
+    def _num_cycles(self) -> int:
+        return max(map(len, self._cycles.values()))
 
     def _end_contest(self) -> None:
-        if self._is_clear:
+        if self._is_clear or (self._lead > 0.0 and self._num_cycles >= NUM_CONTEST):
             self._champion, self._patience = self._challenger, MIN_PATIENCE
         else:
             self._patience = min(2 * self._patience, MAX_PATIENCE)
@@ -128,7 +133,13 @@ class Benefit:
     @property
     def _is_clear(self) -> bool:
         error = math.hypot(self._error("plain"), self._error("drafted"))
-        return self._lead > CLEAR * error and max(map(len, self._cycles.values())) >= NUM_CLEAR
+        return self._lead > CLEAR * error and self._num_cycles >= NUM_CLEAR
+
+
+def _rate(cycles: Sequence[tuple[float, float]]) -> float:
+    """Tokens per second of some cycles."""
+    seconds = sum(seconds for _, seconds in cycles)
+    return sum(tokens for tokens, _ in cycles) / seconds if seconds > 0.0 else 0.0
 
 
 class Benefits:

@@ -30,6 +30,10 @@ class DraftRunner(Protocol):
     def is_ready(self) -> bool:
         """Whether it has started."""
 
+    @property
+    def is_starting(self) -> bool:
+        """Whether it is about to be ready."""
+
     def tree(self, request_id: int) -> TokenTree | None:
         """What the draft has published last for a request."""
 

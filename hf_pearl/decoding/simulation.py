@@ -102,6 +102,7 @@ class VirtualDraft:
 
     concurrent = True
     is_ready = True
+    is_starting = False
 
     def __init__(self, drafter: TimedDrafter, costs: Costs, clock: VirtualClock, free_running: bool) -> None:
         self._drafter = drafter

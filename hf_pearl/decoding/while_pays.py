@@ -54,13 +54,16 @@ class WhilePays(NoDraft):
         self._waits_for: dict[int, int] = {}  # request -> tokens that the draft must know before it counts
         self._began = 0.0
         self._is_first = True
+        self._leaves_cores: bool | None = None
 
     def before_forward(self, requests: Sequence[Request]) -> dict[int, Guesses]:
         """The guesses of every request that the coming forward verifies; those looked up while the draft rests."""
         self._began = self._clock()
         self._num_rows = max(1, sum(not request.finished for request in self._call))  # Some may be ahead and wait.
         self._benefit = self._benefits.of(self._num_rows)
-        self._rest(requests, not (self._benefit.mode == "drafted" and self._draft.is_ready))
+        is_ready = self._draft.is_ready
+        self._rest(requests, not (self._benefit.mode == "drafted" and is_ready))
+        self._share_cores(not self.is_resting or self._draft.is_starting)
         if self.is_resting:
             return self._drafting.without_draft(requests, self._benefits.plain_times)
         self._num_drafting += 1
@@ -78,7 +81,11 @@ class WhilePays(NoDraft):
         self.is_resting, self._has_caught_up, self._is_first, self._num_drafting = is_resting, False, False, 0
         self._waits_for = {request.request_id: len(request.verified) for request in requests}
         self._draft.rest(is_resting)
-        self._leave_cores(not is_resting)
+
+    def _share_cores(self, leaves: bool) -> None:
+        if leaves != self._leaves_cores:
+            self._leaves_cores = leaves
+            self._leave_cores(leaves)
 
     def _knows(self, request: Request) -> bool:
         """Whether the draft has guessed behind what was verified when it began: it may have had much to read."""
@@ -92,5 +99,6 @@ class WhilePays(NoDraft):
         else:
             self._drafting.learn(num_tokens, seconds, num_verified)
         is_of_mode = (self._benefit.mode == "plain") == self.is_resting
-        if is_of_mode and (self.is_resting or self._has_caught_up):
+        # A draft that is starting slows the target down: what that decodes meanwhile says nothing of either mode.
+        if is_of_mode and (self._draft.is_ready if self.is_resting else self._has_caught_up):
             self._benefit.record(num_verified / self._num_rows, self._clock() - self._began)

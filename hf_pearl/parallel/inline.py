@@ -16,6 +16,7 @@ class InlineDraft:
 
     concurrent = False
     is_ready = True
+    is_starting = False
     error: BaseException | None = None  # An error of the draft reaches the caller at once.
 
     def __init__(self, drafter: Drafter, lane: ModelLane) -> None:

@@ -54,6 +54,11 @@ class ProcessDraft:
         return self._process.is_ready
 
     @property
+    def is_starting(self) -> bool:
+        """Whether the worker has not started yet, and has not failed."""
+        return not self._process.is_ready and self._process.is_alive
+
+    @property
     def num_steps(self) -> int:
         """Draft steps of this call so far."""
         return self._status.num_steps

@@ -39,6 +39,7 @@ class ThreadDraft:
 
     concurrent = True
     is_ready = True
+    is_starting = False
 
     def __init__(self, drafter: Drafter, lane: ModelLane, free_running: bool) -> None:
         self._drafter = drafter
