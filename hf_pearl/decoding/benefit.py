@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
-from .policy import ForwardTimes
+from .policy import Pace
 
 Mode = Literal["plain", "drafted"]  # the draft rests, or works
 MODES: tuple[Mode, ...] = ("plain", "drafted")
@@ -147,12 +147,12 @@ class Benefits:
 
     Attributes
     ----------
-    plain_times : ForwardTimes
-        Of target forwards while the draft rests.
+    plain_pace : Pace
+        Of decoding while the draft rests.
     """
 
     def __init__(self) -> None:
-        self.plain_times = ForwardTimes()
+        self.plain_pace = Pace()
         self._by_rows: dict[int, Benefit] = {}
 
     def of(self, num_rows: int) -> Benefit:

@@ -79,17 +79,23 @@ class Cycles:
 
     def __init__(self) -> None:
         self.times = ForwardTimes()
-        self._yield = Fading(2, CYCLE_MEMORY)  # tokens per row, seconds
+        self._yield = Fading(3, CYCLE_MEMORY)  # tokens per row, seconds, cycles
 
     def record(self, num_rows: int, num_verified: int, seconds: float) -> None:
         """Learn from one that gave all rows `num_verified` tokens, waiting included."""
         self._yield.fade()
-        self._yield.add(num_verified / num_rows, seconds)
+        self._yield.add(num_verified / num_rows, seconds, 1.0)
 
     def rate(self, num_rows: int) -> float:
         """Tokens per second of all rows; 0.0 while unknown."""
-        tokens, seconds = self._yield.values
+        tokens, seconds, _ = self._yield.values
         return num_rows * tokens / seconds if seconds > 0.0 else 0.0
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Tokens of a row per cycle; 1.0 while unknown, and at least."""
+        tokens, _, cycles = self._yield.values
+        return max(1.0, tokens / cycles) if cycles else 1.0
 
 
 class Pace:
@@ -104,12 +110,13 @@ class Pace:
         self._cycles: dict[int, Cycles] = {}  # by rows, in powers of two: a row costs more than a guess
         self._waits = Fading(3, WAIT_MEMORY)  # hoped, gained, steps
 
-    def _of(self, num_rows: int) -> Cycles:
+    def cycles(self, num_rows: int) -> Cycles:
+        """Those with `num_rows` rows, and about so many."""
         return self._cycles.setdefault(num_rows.bit_length(), Cycles())
 
     def record_cycle(self, num_rows: int, num_tokens: int, num_verified: int, seconds: float, waited: float) -> None:
         """Learn from a cycle: a forward over `num_tokens` tokens, and `seconds` of which it `waited` for guesses."""
-        cycles = self._of(num_rows)
+        cycles = self.cycles(num_rows)
         cycles.record(num_rows, num_verified, seconds)
         if num_tokens > num_rows:  # The first guess makes windows ragged, which costs more than those behind it.
             cycles.times.record(num_tokens, seconds - waited)
@@ -121,7 +128,7 @@ class Pace:
 
     def worth_verifying_above(self, num_rows: int) -> float:
         """The chance from which verifying a guess yields more than all rows do in the time that it takes."""
-        cycles = self._of(num_rows)
+        cycles = self.cycles(num_rows)
         return min(0.5, cycles.rate(num_rows) * cycles.times.per_token) if cycles.times.is_known else UNMEASURED
 
     def wait_pays(self, hoped: float, num_rows: int, step_seconds: float) -> bool:
@@ -139,10 +146,4 @@ class Pace:
         weight = PRIOR_WAITS + known_hoped
         gained = (PRIOR_WAITS * PRIOR_GAIN + known_gained) / weight
         num_steps = (PRIOR_WAITS * PRIOR_STEPS + known_steps) / weight
-        return hoped * gained > self._of(num_rows).rate(num_rows) * num_steps * step_seconds > 0.0
-
-
-def worth_verifying_above(forward: ForwardTimes, num_rows: int) -> float:
-    """The chance from which verifying a guess takes no more time than a forward without guesses takes for a token."""
-    seconds = forward.seconds(num_rows)
-    return min(0.5, forward.per_token / seconds * num_rows) if seconds > 0.0 else UNMEASURED
+        return hoped * gained > self.cycles(num_rows).rate(num_rows) * num_steps * step_seconds > 0.0

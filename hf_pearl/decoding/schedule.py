@@ -17,8 +17,9 @@ from .guesses import Guesses
 from .lines import Lines, Proposal, likeliest_line
 from .lookup import LookupChances
 from .messages import TokenTree
-from .policy import ForwardTimes, Pace, worth_verifying_above
+from .policy import Pace
 from .request import Request
+from .row_worth import row_worths
 
 
 class DraftRunner(Protocol):
@@ -150,25 +151,22 @@ class FreeRunning(NoDraft):
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.draft = draft
-        self.pace = pace
+        self.pace = self._pace = pace
         self.overlap = overlap
         self._lines = Lines(lookup_chances, verifies_tree)
         self._clock = clock
         self._num_rows = 1
+        self._worths: dict[int, float] = {}
 
     def before_forward(self, requests: Sequence[Request]) -> dict[int, Guesses]:
         """The draft tokens of every request that the coming forward verifies; waits for them where that pays."""
-        self._num_rows = num_rows = max(1, len(requests))
-        least = self.pace.worth_verifying_above(num_rows)
-        for request in requests:
-            self._lines.settle(request)
-        self.waited_seconds = 0.0
+        least = self._begin(requests, self.pace)
         proposals = self._propose(requests, least)
         for _ in range(self.draft.max_line):
             hoped = self._hoped(requests, proposals)
             if not self._wait_pays(hoped):
                 break
-            before, began = _surplus(proposals, least), self._clock()
+            before, began = self._surplus(proposals, least), self._clock()
             has_come = self._wait()
             waited = self._clock() - began
             self.waited_seconds += waited
@@ -177,7 +175,7 @@ class FreeRunning(NoDraft):
                 break
             step_seconds = self.draft.step_seconds
             if step_seconds > 0.0:
-                self.pace.record_wait(hoped, _surplus(proposals, least) - before, waited / step_seconds)
+                self.pace.record_wait(hoped, self._surplus(proposals, least) - before, waited / step_seconds)
         return {request_id: proposal.guesses for request_id, proposal in proposals.items()}
 
     def _wait(self) -> bool:
@@ -187,13 +185,21 @@ class FreeRunning(NoDraft):
             self.draft.grant(1)
         return self.draft.wait(num_steps, timeout=0.005 + 4 * self.draft.step_seconds)
 
-    def without_draft(self, requests: Sequence[Request], times: ForwardTimes) -> dict[int, Guesses]:
-        """What can be looked up for every request, while the draft rests; `times` are those of forwards meanwhile."""
-        self.waited_seconds = 0.0
+    def without_draft(self, requests: Sequence[Request], pace: Pace) -> dict[int, Guesses]:
+        """What can be looked up for every request, while the draft rests; `pace` is that of decoding meanwhile."""
+        least, worths = self._begin(requests, pace), self._worths
+        return {
+            each.request_id: self._lines.propose(each, None, least / worths[each.request_id]).guesses
+            for each in requests
+        }
+
+    def _begin(self, requests: Sequence[Request], pace: Pace) -> float:
+        """Begin a cycle at a pace; return the chance from which a guess is worth verifying."""
+        self._pace, self._num_rows, self.waited_seconds = pace, max(1, len(requests)), 0.0
+        self._worths = row_worths(requests, pace.cycles(self._num_rows))
         for request in requests:
             self._lines.settle(request)
-        least = worth_verifying_above(times, max(1, len(requests)))
-        return {each.request_id: self._lines.propose(each, None, least).guesses for each in requests}
+        return pace.worth_verifying_above(self._num_rows)
 
     def _propose(
         self, requests: Sequence[Request], least: float, known: dict[int, Proposal] | None = None
@@ -206,7 +212,7 @@ class FreeRunning(NoDraft):
             if known is not None and known[request_id].tree is tree:
                 proposals[request_id] = known[request_id]
             else:
-                proposals[request_id] = self._lines.propose(request, tree, least)
+                proposals[request_id] = self._lines.propose(request, tree, least / self._worths[request_id])
         return proposals
 
     def _wait_pays(self, hoped: float) -> bool:
@@ -225,15 +231,18 @@ class FreeRunning(NoDraft):
             if len(request.verified) > request.num_prompt_tokens and len(line.token_ids) < min(
                 request.room, self.draft.max_line
             ):
-                total += line.chance
+                total += line.chance * self._worths[request.request_id]
         return total
+
+    def _surplus(self, proposals: dict[int, Proposal], least: float) -> float:
+        """How many tokens of average worth are expected of the guesses, less what verifying them costs."""
+        return sum(
+            chance * self._worths[request_id] - least
+            for request_id, proposal in proposals.items()
+            for chance in proposal.guesses.chances
+        )
 
     def learn(self, num_tokens: int, seconds: float, num_verified: int) -> None:
         """Learn from a cycle: its forward over `num_tokens` tokens and all else that it took, waiting left out."""
         waited = self.waited_seconds
-        self.pace.record_cycle(self._num_rows, num_tokens, num_verified, seconds + waited, waited)
-
-
-def _surplus(proposals: dict[int, Proposal], least: float) -> float:
-    """How many tokens are expected of the guesses, less what verifying them costs."""
-    return sum(chance - least for proposal in proposals.values() for chance in proposal.guesses.chances)
+        self._pace.record_cycle(self._num_rows, num_tokens, num_verified, seconds + waited, waited)

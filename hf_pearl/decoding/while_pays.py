@@ -65,7 +65,7 @@ class WhilePays(NoDraft):
         self._rest(requests, not (self._benefit.mode == "drafted" and is_ready))
         self._share_cores(not self.is_resting or self._draft.is_starting)
         if self.is_resting:
-            return self._drafting.without_draft(requests, self._benefits.plain_times)
+            return self._drafting.without_draft(requests, self._benefits.plain_pace)
         self._num_drafting += 1
         self._has_caught_up = self._num_drafting > PATIENCE or any(self._knows(request) for request in requests)
         return self._drafting.before_forward(requests)
@@ -94,10 +94,7 @@ class WhilePays(NoDraft):
 
     def learn(self, num_tokens: int, seconds: float, num_verified: int) -> None:
         """Learn from a decode forward, and from how long its cycle took."""
-        if self.is_resting:
-            self._benefits.plain_times.record(num_tokens, seconds)
-        else:
-            self._drafting.learn(num_tokens, seconds, num_verified)
+        self._drafting.learn(num_tokens, seconds, num_verified)
         is_of_mode = (self._benefit.mode == "plain") == self.is_resting
         # A draft that is starting slows the target down: what that decodes meanwhile says nothing of either mode.
         if is_of_mode and (self._draft.is_ready if self.is_resting else self._has_caught_up):
