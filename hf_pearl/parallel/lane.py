@@ -16,6 +16,7 @@ from ..cache.sdpa import TreeMask
 from ..cache.step import PagedStep
 from ..decoding.messages import Window
 from ..errors import PearlOutOfBlocksError
+from ..model_devices import input_device
 from ..models import all_modules
 from .inference import may_use_inference_mode
 
@@ -39,6 +40,11 @@ class ModelLane:
         Whether prefixes are found again by later requests.
     cache_salt : str
         Only prefixes that came under the same salt are found.
+
+    Attributes
+    ----------
+    device : torch.device
+        Where the model reads its token ids, and where its logits are given back.
     """
 
     def __init__(
@@ -49,17 +55,13 @@ class ModelLane:
         self.cache = cache
         self.prefix_cache = prefix_cache
         self.cache_salt = cache_salt
+        self.device = input_device(model)
         self.vocab_size = model.get_input_embeddings().num_embeddings
         self._sequences: dict[int, PagedSequence] = {}
         self._with_nan: set[int] = set()  # Masked attention spreads a NaN to tokens before it: nobody may find those.
         self._no_mask = torch.zeros(1, 1, 1, 1)
         self._may_use_inference_mode = may_use_inference_mode(model)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model expects its token ids."""
-        return self.model.get_input_embeddings().weight.device
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -159,6 +161,7 @@ class ModelLane:
         with paged_step(step), mode():
             # A mask of four dimensions is passed on as it is and never read: nobody takes the time to make one.
             logits = self.model(**inputs, attention_mask=self._no_mask, use_cache=False).logits[0]
+            logits = logits.to(self.device)  # The last layer's may be another one.
         # A processor may write to them.
         return logits.clone() if logits.is_inference() and not is_inside else logits
 
