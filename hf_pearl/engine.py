@@ -139,6 +139,13 @@ class PearlEngine:
             self.caches.clear()
             self._fingerprints.clear()
 
+    def begin_anew(self) -> None:
+        """Forget the measurements, too: a model moves to other devices."""
+        with self.lock:
+            self.close()
+            self._shares.clear()
+            self.learnt = Learnt()
+
     def _requests(
         self, target: PreTrainedModel, prompts: Sequence[Prompt], rules: Rules, call_seed: int | None
     ) -> list[Request]:
@@ -269,9 +276,7 @@ class PearlEngine:
             self._fingerprints[name] = now
 
 
-def _for_hooks(
-    execution: Execution, config: PearlConfig, target: PreTrainedModel, draft: PreTrainedModel
-) -> Execution:
+def _for_hooks(execution: Execution, config: PearlConfig, target: PreTrainedModel, draft: PreTrainedModel) -> Execution:
     """`execution`, or "inline" where both models pass through the same hooks of accelerate, which serve one thread."""
     if execution != "threads" or not share_hooks(target, draft):
         return execution

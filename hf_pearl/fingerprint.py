@@ -20,10 +20,11 @@ _steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def fingerprint(model: torch.nn.Module) -> Hashable:
     """A value that differs after a training step, an adapter switch or `load_state_dict`.
 
-    It covers every parameter and buffer by identity, storage, address, version counter and optimizer steps (what
-    accelerate has offloaded to memory too), and the active adapters, forward hooks and autocast. What it cannot see: other writes that go around autograd's version
-    counter (`tensor.data`, numpy views, raw pointers, files of weights that are offloaded to disk), and code or configuration that is put in place of another;
-    `hf_pearl.clear_cache(model)` is for these.
+    It covers every parameter and buffer by identity, storage, address, version counter and optimizer steps (also of
+    what accelerate has offloaded to memory), and the active adapters, forward hooks and autocast. What it cannot see:
+    other writes that go around autograd's version counter (`tensor.data`, numpy views, raw pointers), files that
+    weights are offloaded to, and code or configuration that is put in place of another; `hf_pearl.clear_cache(model)`
+    is for these.
     """
     _watch_optimizers()
     modules = all_modules(model)  # One walk: this is done before every call.

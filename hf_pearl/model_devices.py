@@ -44,10 +44,15 @@ def layer_devices(model: Any) -> list[torch.device]:
     return [found[index] for index in sorted(found)]
 
 
+def computing_devices(model: Any) -> list[torch.device]:
+    """Every device that hooks of accelerate have the model compute on, the one of its token ids first."""
+    hooked = filter(None, map(_hook_device, all_modules(model)))
+    return list(dict.fromkeys((input_device(model), *hooked)))
+
+
 def devices_of(model: Any) -> list[torch.device]:
     """Every device that the model computes on or keeps weights on, the one of its token ids first."""
-    devices = [input_device(model)]
-    devices += [hooked for _, hooked in _with_hook_devices(model, None) if hooked is not None]
+    devices = computing_devices(model)
     for module in all_modules(model):
         devices += [tensor.device for tensor in _tensors(module) if tensor.device != _NOWHERE]
     return list(dict.fromkeys(devices))

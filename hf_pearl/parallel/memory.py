@@ -33,7 +33,9 @@ def cache_share(device: torch.device, models: Sequence[PreTrainedModel]) -> int:
 def _peak_forward_bytes(model: PreTrainedModel, device: torch.device) -> int:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS_PER_FORWARD
     num_tokens = min(longest, MAX_TOKENS_PER_FORWARD)
-    lane = ModelLane(model, PagedPrefixCache(model.config, -(-num_tokens // DEFAULT_BLOCK_SIZE), device=input_device(model)))
+    lane = ModelLane(
+        model, PagedPrefixCache(model.config, -(-num_tokens // DEFAULT_BLOCK_SIZE), device=input_device(model))
+    )
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
