@@ -138,7 +138,10 @@ class ModelLane:
             kept.extend(range(len(token_ids) - window.num_logits, len(token_ids)))
         known = self.vocab_size
         packed = torch.tensor([[token if token < known else 0 for token in token_ids]]).to(self.device)
-        inputs = {"input_ids": packed, "position_ids": torch.tensor([positions]).to(self.device)}
+        inputs: dict[str, torch.Tensor | int] = {
+            "input_ids": packed,
+            "position_ids": torch.tensor([positions]).to(self.device),
+        }
         if self._takes_logits_to_keep and len(kept) < len(token_ids):
             inputs["logits_to_keep"] = self._logits_to_keep(kept, len(token_ids))
         # A NaN that is read from behind a row shows in the logits only where every new token has some.
@@ -165,7 +168,7 @@ class ModelLane:
             return num_tokens - kept[0] if kept else 1
         return torch.tensor(kept, dtype=torch.long, device=self.device)
 
-    def _compute(self, step: PagedStep, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _compute(self, step: PagedStep, inputs: dict[str, torch.Tensor | int]) -> torch.Tensor:
         is_inside = torch.is_inference_mode_enabled()
         mode = torch.inference_mode if self._may_use_inference_mode else torch.no_grad
         with paged_step(step), mode():

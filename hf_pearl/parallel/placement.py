@@ -129,7 +129,7 @@ def _check_may_move(name: str, model: PreTrainedModel, devices: Devices) -> None
     if reason is not None:
         raise ValueError(
             f"`{name}` asks for {_shown(devices)}, but the {type(model).__name__} {reason} and stays on "
-            f"{_shown(devices_of(model))}. Load it there (`from_pretrained(..., device_map=...)`) or leave `{name}` out."
+            f"{_shown(devices_of(model))}. Load it there (`from_pretrained(..., device_map=...)`), or leave it out."
         )
 
 
@@ -137,16 +137,21 @@ def _automatic(target: PreTrainedModel, draft: PreTrainedModel, target_devices: 
     """The move of a draft by "auto", if there is one, beside a target on GPUs."""
     draft_devices = devices_of(draft)
     is_on_gpu = draft_devices[0].type == "cuda"
-    is_apart = is_on_gpu and not set(draft_devices) & set(target_devices)
-    if is_apart or (is_on_gpu and torch.cuda.device_count() == 1):
-        return []
-    if placed_devices(draft) is not None or why_fixed(draft) is not None:
+    if stays(draft, target_devices) or (is_on_gpu and torch.cuda.device_count() == 1):
         return []
     chosen = automatic_devices(present_devices(), target, draft, target_devices)
     if chosen is None or set(chosen) <= set(draft_devices):
         return []
     why = "to draft while the target verifies" if is_on_gpu else "its target is on a GPU"
     return [Move(draft, chosen, why)]
+
+
+def stays(draft: PreTrainedModel, target_devices: Sequence[torch.device]) -> bool:
+    """Whether "auto" leaves a draft where it is, whatever other devices there are."""
+    if target_devices[0].type != "cuda" or placed_devices(draft) is not None or why_fixed(draft) is not None:
+        return True
+    draft_devices = devices_of(draft)
+    return draft_devices[0].type == "cuda" and not set(draft_devices) & set(target_devices)
 
 
 def automatic_devices(

@@ -78,8 +78,9 @@ FEWEST = "the fewest devices that hold it: layers on several run one after the o
 ALONE = "the fastest device that holds it"
 OWN = "not the target's, so that it drafts while the target verifies"
 SHARED = "no other device has room: both run there at once, on two streams"
-ONLY = "the only device: both run there at once, on two streams"
-CORES = "the only device: the draft in a process on a core of its own, the target on the others"
+ONLY = "the only device"
+STREAMS = "the only device: both run there at once, on two streams"
+CORES = "the only device: a process on a core of its own, while the target takes the others"
 
 
 def split(
@@ -117,7 +118,9 @@ def split(
     for target_group in [fixed_target] if fixed_target else _groups(devices, target, min_tokens):
         for device in target_group.devices:
             if _room(device, [(target, len(target_group.devices)), (draft, 1)], min_tokens) >= 0:
-                why = SHARED if len(devices) > 1 else CORES if device.kind == "cpu" else ONLY
+                if len(devices) == 1:
+                    target_group = target_group._replace(why=ONLY)
+                why = SHARED if len(devices) > 1 else CORES if device.kind == "cpu" else STREAMS
                 return _filled(target_group, _Group((device,), why), target, draft)
     raise ValueError(
         f"the devices do not hold the pair: weights of {gib(target.weights)} (target) and {gib(draft.weights)} "
