@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 import hf_pearl
 from hf_pearl import PearlConfig
+from hf_pearl.cache.sizing import CacheNeeds
 from hf_pearl.model_devices import devices_of, layer_devices
 from hf_pearl.parallel import placement
 from hf_pearl.registry import engines_of
@@ -219,6 +220,10 @@ def check_same_tokens(architecture: str, num_placements: int) -> None:
             (engine,) = engines_of(target)
             pages = [layer.device for layer in engine.caches[name].layers]
             assert pages == layer_devices(model), (name, pages)
+        assert sum(needs.num_layers or 3 for needs in CacheNeeds.by_device(target)) == 3
+    free_running = PearlConfig(target_devices=both, draft_devices=second, execution="threads")  # It grows trees.
+    output = target.generate(**inputs, do_sample=False, **OPTIONS, assistant_model=draft, pearl=free_running)
+    assert output.tolist() == expected.tolist()
     hf_pearl.release(target)
     assert _device_names([*devices_of(target), *devices_of(draft)]) == ["cpu", "cpu"]
     assert {name: set(vars(module)) for name, module in target.named_modules()} == attributes
