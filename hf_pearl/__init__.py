@@ -17,6 +17,7 @@ from .errors import PearlError, PearlOutOfBlocksError, PearlUnsupportedModelErro
 from .generation import PearlGenerationMixin
 from .outputs import PearlGenerateOutput
 from .pair import load_demo_pair
+from .plan import Plan, plan
 from .registry import clear_cache, release
 from .simulate import SimulatedTimes, Trace, record_traces, simulate
 from .smollm2 import load_smollm2_pair
@@ -34,6 +35,7 @@ __all__ = [
     "PearlStats",
     "PearlUnsupportedModelError",
     "PearlWorkerError",
+    "Plan",
     "SimulatedTimes",
     "Trace",
     "Tuning",
@@ -42,6 +44,7 @@ __all__ = [
     "enable",
     "load_demo_pair",
     "load_smollm2_pair",
+    "plan",
     "record_traces",
     "release",
     "simulate",

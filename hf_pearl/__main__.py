@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from transformers.utils import logging
 
-from . import __version__, bench, demo, tune_command
+from . import __version__, bench, demo, plan_command, tune_command
 from .command_line import UsageError
 
 # Every command is a module with `add_arguments(parser)` and `run(args) -> exit status`; its docstring is its help.
-COMMANDS = {"demo": demo, "bench": bench, "tune": tune_command}
+COMMANDS = {"demo": demo, "bench": bench, "tune": tune_command, "plan": plan_command}
 INTERRUPTED = 130
 
 

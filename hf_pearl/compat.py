@@ -23,6 +23,8 @@ __all__ = [
     "cache_argument",
     "eager_attention",
     "effective_generation_config",
+    "keys_left_in_place",
+    "modules_not_to_split",
     "original_generate",
     "pad_token_id",
     "set_attention_implementation",
@@ -68,6 +70,16 @@ def supports_attention_interface(model: PreTrainedModel) -> bool:
 def cache_argument(model: PreTrainedModel) -> str:
     """What a model's forward and its `generate` call a cache: `cache` from transformers 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def modules_not_to_split(model: PreTrainedModel) -> list[str]:
+    """Classes of modules whose parts must lie on one device."""
+    return sorted(getattr(model, "_no_split_modules", None) or ())
+
+
+def keys_left_in_place(model: PreTrainedModel) -> list[str]:
+    """Arguments that a layer's hooks must not move to another device: caches."""
+    return sorted(getattr(model, "_skip_keys_device_placement", None) or ())
 
 
 _ORIGINAL_GENERATE = GenerationMixin.generate

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from .decoding.drafting import MAX_WIDTH
+from .device_arguments import Devices, check_apart, named_devices
 
 _UNITS = {
     "": 1,
@@ -61,6 +62,11 @@ class PearlConfig:
         Only calls with the same salt find each other's prefixes: how long a call takes tells nothing of other tenants.
     seed : int or None
         Noise of sampled calls; None draws one from torch's default generator, so that `torch.manual_seed` repeats.
+    draft_devices, target_devices : "auto", device, list of devices, or DeviceMesh
+        Where the models compute. Devices: what lies elsewhere is moved there, spread layer by layer over several
+        (accelerate), until `hf_pearl.release`. "auto": the target stays where it is, as do models that are spread,
+        offloaded or quantised; a draft that shares its target's GPU, or lies in main memory beside it, moves to a GPU
+        of its own if there is one with room. A one-dimensional mesh names the devices of its ranks.
 
     Raises
     ------
@@ -77,6 +83,8 @@ class PearlConfig:
     prefix_cache: bool = True
     cache_salt: str = ""
     seed: int | None = None
+    draft_devices: Devices = "auto"
+    target_devices: Devices = "auto"
 
     # No settings: guesses that a draft step computes at most, whether some are looked up in the text so far, and
     # whether a target forward may verify several lines of a request. What these give is measured on subclasses.
@@ -107,6 +115,8 @@ class PearlConfig:
             _check_int("seed", self.seed, 0, 2**64 - 1, "or None")
         if self.cache_memory != "auto":
             parse_bytes(self.cache_memory)
+        asked = [named_devices(name, getattr(self, name)) for name in ("target_devices", "draft_devices")]
+        check_apart(*asked)
 
     @property
     def cache_bytes(self) -> int | None:

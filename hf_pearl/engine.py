@@ -22,7 +22,7 @@ from .decoding.drafting import MAX_LINE, Drafter
 from .decoding.loop import DecodingLoop
 from .decoding.messages import Admission
 from .decoding.noise import NoiseSource, request_seed
-from .decoding.processors import draft_processors
+from .decoding.processors import copies_on, draft_processors
 from .decoding.proposal import Proposer
 from .decoding.rejection import RejectionSampler
 from .decoding.request import Request
@@ -31,6 +31,7 @@ from .decoding.stats import PearlStats, overlap
 from .decoding.verification import Verifier
 from .fingerprint import fingerprint
 from .learnt import Learnt, Runner
+from .model_devices import input_device, share_hooks
 from .parallel.cores import SharedCores, leaving_cores
 from .parallel.draft_workers import DraftWorkers, Execution
 from .parallel.inline import InlineDraft
@@ -138,11 +139,17 @@ class PearlEngine:
             self.caches.clear()
             self._fingerprints.clear()
 
+    def begin_anew(self) -> None:
+        """Forget the measurements, too: a model moves to other devices."""
+        with self.lock:
+            self.close()
+            self._shares.clear()
+            self.learnt = Learnt()
+
     def _requests(
         self, target: PreTrainedModel, prompts: Sequence[Prompt], rules: Rules, call_seed: int | None
     ) -> list[Request]:
-        weight = target.get_input_embeddings().weight
-        vocab_size = output_vocab_size(target)
+        device, vocab_size = input_device(target), output_vocab_size(target)
         requests = []
         for row, prompt in enumerate(prompts):
             seed = None if call_seed is None else request_seed(call_seed, row)
@@ -154,7 +161,7 @@ class PearlEngine:
                     max_length=rules.max_length - len(prompt.padding),
                     verified=list(prompt.token_ids),
                     seed=seed,
-                    noise=None if seed is None else NoiseSource(seed, vocab_size, weight.device),
+                    noise=None if seed is None else NoiseSource(seed, vocab_size, device),
                 )
             )
         return requests
@@ -175,7 +182,8 @@ class PearlEngine:
             yield None
             return
         num_blocks = self.caches["draft"].pool.max_blocks
-        stats.execution = execution = self.workers.choose(config, draft, self._fingerprints["draft"], num_blocks)
+        execution = self.workers.choose(config, draft, self._fingerprints["draft"], num_blocks)
+        stats.execution = execution = _for_hooks(execution, config, target_lane.model, draft)
         vocab_size = output_vocab_size(target_lane.model)
         cores.leave(1 if execution == "processes" else 0)
         runner = self._runner(execution, draft, vocab_size, rules, config)
@@ -199,6 +207,8 @@ class PearlEngine:
         if execution == "processes" and self.workers.worker is not None:
             return self.workers.worker.call(vocab_size, processors, pad_token_id, free_running, config)
         lane = ModelLane(draft, self.caches["draft"], config.prefix_cache, config.cache_salt)
+        if lane.device != self.caches["target"].device:
+            processors = copies_on(lane.device, processors)
         distributions = LocalDistributions(MAX_LINE) if config.verification == "rejection" else None
         proposer = Proposer(vocab_size, processors, pad_token_id, distributions)
         # How often guesses stand that were drawn apart says nothing of those that share the target's noise.
@@ -250,13 +260,13 @@ class PearlEngine:
         for model in models.values():
             check_supported(model)
             check_computed(model)
-        needs = [CacheNeeds.of(model, config.eight_bit_cache) for model in models.values()]
+        needs = [need for model in models.values() for need in CacheNeeds.by_device(model, config.eight_bit_cache)]
         num_blocks = num_blocks_for(
             needs, config.cache_bytes, lambda device: self._share(device, list(models.values()))
         )
         for name, model in models.items():
             cache, now = self.caches.get(name), fingerprint(model)
-            device = model.get_input_embeddings().weight.device
+            device = input_device(model)
             made_for = device, num_blocks, config.eight_bit_cache
             if cache is None or (cache.device, cache.pool.max_blocks, cache.eight_bit) != made_for:
                 self.caches[name] = PagedPrefixCache(model.config, num_blocks, eight_bit=made_for[2], device=device)
@@ -264,3 +274,15 @@ class PearlEngine:
                 cache.reset_pools()
                 self.learnt.forget_benefits()
             self._fingerprints[name] = now
+
+
+def _for_hooks(execution: Execution, config: PearlConfig, target: PreTrainedModel, draft: PreTrainedModel) -> Execution:
+    """`execution`, or "inline" where both models pass through the same hooks of accelerate, which serve one thread."""
+    if execution != "threads" or not share_hooks(target, draft):
+        return execution
+    if config.execution == "threads":
+        raise ValueError(
+            '`execution="threads"` cannot run a draft that shares modules with its target which accelerate has '
+            'dispatched: their hooks load weights for one thread at a time. Use `execution="inline"` or "auto".'
+        )
+    return "inline"

@@ -20,21 +20,24 @@ _steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def fingerprint(model: torch.nn.Module) -> Hashable:
     """A value that differs after a training step, an adapter switch or `load_state_dict`.
 
-    It covers every parameter and buffer by identity, storage, address, version counter and optimizer steps, and the
-    active adapters, forward hooks and autocast. What it cannot see: other writes that go around autograd's version
-    counter (`tensor.data`, numpy views, raw pointers), and code or configuration that is put in place of another;
-    `hf_pearl.clear_cache(model)` is for these.
+    It covers every parameter and buffer by identity, storage, address, version counter and optimizer steps (also of
+    what accelerate has offloaded to memory), and the active adapters, forward hooks and autocast. What it cannot see:
+    other writes that go around autograd's version counter (`tensor.data`, numpy views, raw pointers), files that
+    weights are offloaded to, and code or configuration that is put in place of another; `hf_pearl.clear_cache(model)`
+    is for these.
     """
     _watch_optimizers()
     modules = all_modules(model)  # One walk: this is done before every call.
     kinds = (tensors for module in modules for tensors in (module._parameters, module._buffers))
     states = tuple(_state(tensor) for tensors in kinds for tensor in tensors.values() if tensor is not None)
-    return states, _active_adapters(modules), _hooks(modules), _autocast(model)
+    return states, _offloaded(modules), _active_adapters(modules), _hooks(modules), _autocast(modules)
 
 
-def _autocast(model: torch.nn.Module) -> Hashable:
+def _autocast(modules: Sequence[torch.nn.Module]) -> Hashable:
     """What autocast makes of the model's arithmetic here; None where it is off."""
-    kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    tensors = (tensor for each in modules for kinds in (each._parameters, each._buffers) for tensor in kinds.values())
+    # What is offloaded lies on the meta device, which computes nothing; some buffer is where the forward is.
+    kind = next((tensor.device.type for tensor in tensors if tensor is not None and not tensor.is_meta), "cpu")
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
@@ -52,6 +55,8 @@ def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 def _state(tensor: torch.Tensor) -> Hashable:
     """Weak references rather than ids and addresses alone, which a new tensor may inherit from one that is gone."""
+    if tensor.is_meta:
+        return tensor.shape, tensor.dtype  # offloaded: another one after every forward; its values are elsewhere
     try:
         storage = StorageWeakRef(tensor.untyped_storage())
     except (NotImplementedError, RuntimeError):  # a wrapper around other tensors
@@ -59,6 +64,21 @@ def _state(tensor: torch.Tensor) -> Hashable:
     # A tensor made in inference mode counts no versions: it is taken for changed every time.
     version = object() if tensor.is_inference() else tensor._version
     return WeakIdRef(tensor), storage, tensor.data_ptr(), version, _steps.get(tensor, 0), tensor.dtype
+
+
+def _offloaded(modules: Sequence[torch.nn.Module]) -> tuple[Hashable, ...]:
+    """Where accelerate's hooks load weights from before a forward, and what of it lies in memory."""
+    states: list[Hashable] = []
+    known: set[int] = set()
+    for module in modules:
+        hook = vars(module).get("_hf_hook")
+        source = getattr(hook, "weights_map", None)
+        source = getattr(source, "dataset", source)  # of all modules together, seen through a prefix
+        if source is not None and id(source) not in known:
+            known.add(id(source))
+            in_memory = source if isinstance(source, dict) else getattr(source, "state_dict", {})
+            states += [WeakIdRef(hook), *map(_state, in_memory.values())]
+    return tuple(states)
 
 
 def _hooks(modules: Sequence[torch.nn.Module]) -> tuple[Hashable, ...]:

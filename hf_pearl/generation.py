@@ -32,9 +32,11 @@ from .decoding.request import Request
 from .decoding.rules import Rules
 from .decoding.stats import PearlStats
 from .engine import Prompt
+from .model_devices import input_device
 from .models import unwrap
 from .outputs import PearlGenerateOutput
-from .registry import engine_for
+from .parallel.placement import placed_devices
+from .registry import engine_for, place
 
 GenerateOutput = torch.Tensor | PearlGenerateOutput
 
@@ -74,6 +76,7 @@ def pearl_generate(
     generation_config = compat.effective_generation_config(model, arguments.get("generation_config"), extra)
     check_arguments(model, generation_config, arguments)
     draft = unwrap(arguments.pop("assistant_model", None))
+    place(unwrap(model), draft, config)
     streamer = arguments.pop("streamer", None)
     stop_strings = generation_config.stop_strings
     if stop_strings:
@@ -94,8 +97,27 @@ def pearl_generate(
         mask = model_kwargs.get("attention_mask")
         return _decode(model, draft, input_ids, mask, rules, generation_config, config)
 
+    returned = _brought_to_target(unwrap(model), arguments)
     with _without_stop_strings(model, arguments):
-        return generate(**arguments, custom_generate=decode)
+        return returned(generate(**arguments, custom_generate=decode))
+
+
+def _brought_to_target(target: PreTrainedModel, arguments: dict[str, Any]) -> Callable[[Any], Any]:
+    """Bring the prompts to a target that was moved; return what brings the output to where they were."""
+    given = next((arguments[name] for name in ("inputs", "input_ids") if name in arguments), None)
+    if placed_devices(target) is None or given is None:
+        return lambda output: output
+    for name in ("inputs", "input_ids", "attention_mask", "position_ids"):
+        if name in arguments:
+            arguments[name] = arguments[name].to(input_device(target))
+    return functools.partial(_with_sequences_on, given.device)
+
+
+def _with_sequences_on(device: torch.device, output: GenerateOutput) -> GenerateOutput:
+    if isinstance(output, torch.Tensor):
+        return output.to(device)
+    output.sequences = output.sequences.to(device)
+    return output
 
 
 @functools.cache

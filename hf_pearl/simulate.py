@@ -23,6 +23,7 @@ from .decoding.proposal import Prefix, Proposer
 from .decoding.recorded import TracedGuess
 from .decoding.simulation import Costs, Learnt, simulate_run
 from .generation import pearl_generate
+from .model_devices import input_device
 from .parallel.lane import output_vocab_size
 
 MAX_DRAFT_LENGTH = 16
@@ -98,7 +99,7 @@ def record_traces(
         options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     traces = []
     for prompt in prompts:
-        input_ids = torch.tensor([list(prompt)], device=target.device)
+        input_ids = torch.tensor([list(prompt)], device=input_device(target))
         options |= {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         token_ids = pearl_generate(generate, target, PearlConfig(seed=seed), (), options)[0].tolist()
         traces.append(trace_of(target, draft, token_ids, len(prompt), temperature, seed))
@@ -115,7 +116,7 @@ def trace_of(
     seed: int,
 ) -> Trace:
     """What the draft would have guessed at each position of a text behind its first `num_prompt_tokens` tokens."""
-    logits = draft(torch.tensor([token_ids], device=draft.device)).logits[0]
+    logits = draft(torch.tensor([token_ids], device=input_device(draft))).logits[0]
     processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)] if temperature > 0 else [])
     proposer = Proposer(output_vocab_size(target), processors)
     call_seed = request_seed(seed, 0) if temperature > 0 else None

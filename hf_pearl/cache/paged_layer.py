@@ -152,6 +152,11 @@ class PagedLayer(CacheLayerMixin):
             pool.resize(num_slots)
 
     @property
+    def device(self) -> torch.device | None:
+        """Where its keys and values are kept; None before there are any."""
+        return None if self.pools is None else self.pools[0].data.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the pools may take."""
         return sum(pool.nbytes for pool in self.pools or ())
@@ -176,6 +181,17 @@ class PagedLayer(CacheLayerMixin):
         raise TypeError("call the method of the PagedPrefixCache, not of one of its layers")
 
     reset = reorder_cache = crop = offload = prefetch = update
+
+
+def copy_slots(layers: Sequence[PagedLayer], source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy the slots `source` `(n,)` to `target` in every layer, on that layer's device."""
+    slots: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+    for layer in layers:
+        device = layer.device
+        if device is not None:
+            if device not in slots:
+                slots[device] = source.to(device), target.to(device)
+            layer.copy(*slots[device])
 
 
 def _put(pool: torch.Tensor, slots: Slots, new: torch.Tensor) -> None:

@@ -29,7 +29,7 @@ from ..errors import PearlOutOfBlocksError
 from .batch import BatchOfRows
 from .block_pool import BlockPool
 from .cache_arguments import check_arguments
-from .paged_layer import PagedLayer, as_numbers
+from .paged_layer import PagedLayer, as_numbers, copy_slots
 from .paged_sequence import PagedSequence
 from .prefix_index import PrefixIndex
 from .sizing import DEFAULT_BLOCK_SIZE, CacheNeeds, memory_share, num_blocks_for
@@ -228,9 +228,8 @@ class PagedPrefixCache(BatchOfRows):
         moved = [(new, place) for new, place in enumerate(places, start=num_first) if new != place]
         if moved:
             slots = as_numbers(sequence.slots(self.block_size, num_first, sequence.length))
-            new, old = (slots[torch.tensor(each) - num_first].to(self.device) for each in zip(*moved, strict=True))
-            for layer in self.layers:
-                layer.copy(old, new)
+            new, old = (slots[torch.tensor(each) - num_first] for each in zip(*moved, strict=True))
+            copy_slots(self.layers, old, new)
         self.rollback(sequence, end)
 
     def _shrink(self, sequence: PagedSequence, num_blocks: int) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..model_devices import input_device, is_dispatched, layer_devices
 
 # Measured (docs/cache.md): blocks in runs cost the same at any size; smaller ones share and waste less memory.
 DEFAULT_BLOCK_SIZE = 16
@@ -26,21 +29,32 @@ class CacheNeeds(NamedTuple):
     dtype : torch.dtype
         Of keys and values, unless they are kept in 8 bits.
     device : torch.device
-        The model's.
+        Where the layers compute.
     eight_bit : bool
         Whether they are: a byte a value, and a float32 scale per token and head.
+    num_layers : int or None
+        Those on this device; None: all of the model.
     """
 
     config: PreTrainedConfig
     dtype: torch.dtype
     device: torch.device
     eight_bit: bool = False
+    num_layers: int | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, eight_bit: bool = False) -> CacheNeeds:
-        """Those of a model."""
-        weight = model.get_input_embeddings().weight
-        return cls(model.config, weight.dtype, weight.device, eight_bit)
+        """Those of a model on one device."""
+        return cls(model.config, model.get_input_embeddings().weight.dtype, input_device(model), eight_bit)
+
+    @classmethod
+    def by_device(cls, model: PreTrainedModel, eight_bit: bool = False) -> list[CacheNeeds]:
+        """Those of a model, for every device that has layers of it."""
+        whole = cls.of(model, eight_bit)
+        if not is_dispatched(model):
+            return [whole]
+        on = Counter(layer_devices(model))
+        return [whole._replace(device=device, num_layers=num_layers) for device, num_layers in on.items()]
 
     def bytes_per_block(self, block_size: int = DEFAULT_BLOCK_SIZE) -> int:
         """Bytes of keys and values that one block of every layer takes."""
@@ -54,7 +68,8 @@ class CacheNeeds(NamedTuple):
         elif getattr(config, "multi_query", False):
             num_heads = 1
         per_head = sum(dim + 4 if self.eight_bit else dim * self.dtype.itemsize for dim in (key_dim, value_dim))
-        return config.num_hidden_layers * num_heads * per_head * block_size
+        num_layers = config.num_hidden_layers if self.num_layers is None else self.num_layers
+        return num_layers * num_heads * per_head * block_size
 
 
 def num_blocks_for(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
+import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
@@ -67,3 +71,21 @@ def draft_processors(processors: LogitsProcessorList) -> LogitsProcessorList:
     fall, the output cannot.
     """
     return LogitsProcessorList([processor for processor in processors if is_of_row(processor)])
+
+
+def copies_on(device: torch.device, processors: LogitsProcessorList) -> LogitsProcessorList:
+    """Copies whose tensors lie on another device, for a draft that does not lie where its target does."""
+    copies = [copy.copy(processor) for processor in processors]
+    for each in copies:
+        vars(each).update({name: _on(device, value) for name, value in vars(each).items()})
+    return LogitsProcessorList(copies)
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if type(value) is dict:
+        return {key: _on(device, each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_on(device, each) for each in value)
+    return value

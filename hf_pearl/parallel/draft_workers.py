@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..config import PearlConfig
 from ..decoding.drafting import MAX_LINE
 from ..fingerprint import fingerprint
+from ..model_devices import input_device
 from .cores import available_cores, cores_for_worker
 from .processes import POLL_SECONDS, ProcessDraft
 from .processor_specs import encode_processors
@@ -207,7 +208,7 @@ class DraftWorkers:
         return "processes"
 
     def _best(self, config: PearlConfig, draft: PreTrainedModel, known_as: Hashable) -> Execution:
-        if draft.get_input_embeddings().weight.device.type != "cpu":
+        if input_device(draft).type != "cpu":
             return "threads"
         if not config.overlap or len(available_cores()) == 1:
             return "inline"  # The lanes take turns anyway.

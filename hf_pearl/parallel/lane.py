@@ -16,6 +16,7 @@ from ..cache.sdpa import TreeMask
 from ..cache.step import PagedStep
 from ..decoding.messages import Window
 from ..errors import PearlOutOfBlocksError
+from ..model_devices import computing_devices, input_device
 from ..models import all_modules
 from .inference import may_use_inference_mode
 
@@ -39,6 +40,11 @@ class ModelLane:
         Whether prefixes are found again by later requests.
     cache_salt : str
         Only prefixes that came under the same salt are found.
+
+    Attributes
+    ----------
+    device : torch.device
+        Where the model reads its token ids, and where its logits are given back.
     """
 
     def __init__(
@@ -49,17 +55,14 @@ class ModelLane:
         self.cache = cache
         self.prefix_cache = prefix_cache
         self.cache_salt = cache_salt
+        self.device = input_device(model)
+        self._is_spread = len(computing_devices(model)) > 1
         self.vocab_size = model.get_input_embeddings().num_embeddings
         self._sequences: dict[int, PagedSequence] = {}
         self._with_nan: set[int] = set()  # Masked attention spreads a NaN to tokens before it: nobody may find those.
         self._no_mask = torch.zeros(1, 1, 1, 1)
         self._may_use_inference_mode = may_use_inference_mode(model)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model expects its token ids."""
-        return self.model.get_input_embeddings().weight.device
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -135,9 +138,12 @@ class ModelLane:
             kept.extend(range(len(token_ids) - window.num_logits, len(token_ids)))
         known = self.vocab_size
         packed = torch.tensor([[token if token < known else 0 for token in token_ids]]).to(self.device)
-        inputs = {"input_ids": packed, "position_ids": torch.tensor([positions]).to(self.device)}
+        inputs: dict[str, torch.Tensor | int] = {
+            "input_ids": packed,
+            "position_ids": torch.tensor([positions]).to(self.device),
+        }
         if self._takes_logits_to_keep and len(kept) < len(token_ids):
-            inputs["logits_to_keep"] = torch.tensor(kept, dtype=torch.long, device=self.device)
+            inputs["logits_to_keep"] = self._logits_to_keep(kept, len(token_ids))
         # A NaN that is read from behind a row shows in the logits only where every new token has some.
         may_read_beyond = len(kept) == len(token_ids)
         num_new = [len(window.token_ids) for window in windows]
@@ -151,14 +157,24 @@ class ModelLane:
             has_nan = math.isnan(logits.sum().item())
         if has_nan:
             self._with_nan.update(window.request_id for window in windows)
-        return logits if logits.shape[0] == len(kept) else logits[kept]
+        if logits.shape[0] == len(kept):
+            return logits
+        num_without = len(token_ids) - logits.shape[0]
+        return logits[[place - num_without for place in kept]]
 
-    def _compute(self, step: PagedStep, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _logits_to_keep(self, kept: list[int], num_tokens: int) -> torch.Tensor | int:
+        """The places whose logits are wanted, or how many at the end hold them: numbers lie on no device."""
+        if self._is_spread:
+            return num_tokens - kept[0] if kept else 1
+        return torch.tensor(kept, dtype=torch.long, device=self.device)
+
+    def _compute(self, step: PagedStep, inputs: dict[str, torch.Tensor | int]) -> torch.Tensor:
         is_inside = torch.is_inference_mode_enabled()
         mode = torch.inference_mode if self._may_use_inference_mode else torch.no_grad
         with paged_step(step), mode():
             # A mask of four dimensions is passed on as it is and never read: nobody takes the time to make one.
             logits = self.model(**inputs, attention_mask=self._no_mask, use_cache=False).logits[0]
+            logits = logits.to(self.device)  # The last layer's may be another one.
         # A processor may write to them.
         return logits.clone() if logits.is_inference() and not is_inside else logits
 

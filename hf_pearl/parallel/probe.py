@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..cache import PagedPrefixCache
 from ..cache.support import TESTED_FAMILIES, has_windows, unsupported
 from ..decoding.messages import Window
+from ..model_devices import input_device
 from .lane import ModelLane
 
 NUM_TOKENS = 24
@@ -43,7 +44,7 @@ def check_computed(model: PreTrainedModel) -> None:
 
 def _difference(model: PreTrainedModel) -> float:
     """The largest difference of a logit, as a share of the largest logit: prefill, then ragged windows."""
-    lane = ModelLane(model, PagedPrefixCache(model.config, 16, device=model.device))
+    lane = ModelLane(model, PagedPrefixCache(model.config, 16, device=input_device(model)))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(1, lane.vocab_size, (2, NUM_TOKENS), generator=generator)
     lengths, later = (NUM_TOKENS, NUM_TOKENS // 2), 5

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..cache import PagedPrefixCache
 from ..decoding.messages import Window
 from ..decoding.policy import ForwardTimes
+from ..model_devices import input_device
 from ..parallel.cores import leaving_cores
 from ..parallel.lane import ModelLane
 
@@ -27,8 +28,7 @@ def measured_forward_times(model: PreTrainedModel, token_ids: Sequence[int], num
         Cores of the CPU that it leaves to others, as a lane does that runs beside another.
     """
     context = tuple(token_ids[: -max(SIZES)]) or tuple(token_ids[:1])
-    device = model.get_input_embeddings().weight.device
-    cache = PagedPrefixCache(model.config, device=device)
+    cache = PagedPrefixCache(model.config, device=input_device(model))
     lane = ModelLane(model, cache, prefix_cache=False)
     times = ForwardTimes()
     with leaving_cores() as cores, lane.ready():

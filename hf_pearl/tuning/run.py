@@ -14,6 +14,7 @@ from ..benchmark import Measurement, Method, MethodResult, Setting, Workload
 from ..benchmark.methods import COLD, SEQUENTIAL
 from ..benchmark.recording import measure_with_progress
 from ..enabling import enabled
+from ..model_devices import devices_of, input_device
 from ..parallel.cores import available_cores
 from ..simulate import Trace, record_traces, simulate
 from .checks import check_numbers, checked_models, checked_prompts
@@ -68,9 +69,10 @@ def tune(
     check_numbers(max_new_tokens, batch_size, temperature, seed)
     target, draft = checked_models(target, draft)
     token_ids = checked_prompts(prompts, (target, draft), max_new_tokens, batch_size)
-    rows = tuple(torch.tensor([each], device=target.device) for each in token_ids)
+    rows = tuple(torch.tensor([each], device=input_device(target)) for each in token_ids)
     workload = Workload(target, draft, rows, max_new_tokens, temperature, seed, batch_size)
-    gpus = {model.device for model in (target, draft) if model.device.type == "cuda"}
+    devices = {device for model in (target, draft) for device in devices_of(model)}
+    gpus = [device for device in devices if device.type == "cuda"]
     with enabled(target), torch.random.fork_rng(sorted(gpus, key=str)):
         measurement = measure_with_progress(workload, _methods(draft), NUM_RUNS)
         tuning = _tuning(measurement, token_ids)
@@ -94,7 +96,7 @@ def _methods(draft: PreTrainedModel) -> tuple[Method, ...]:
         method("lockstep", *ours(COLD, *LOCKSTEP_LENGTHS)),
         method("in turns", *ours(SEQUENTIAL, *SEQUENTIAL_LENGTHS)),
     )
-    if draft.device.type != "cpu":  # There it is the default.
+    if input_device(draft).type != "cpu":  # There it is the default.
         return methods
     return (*methods, method("in a thread", *ours(replace(COLD, execution="threads"), "auto")))
 

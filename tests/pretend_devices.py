@@ -1,0 +1,325 @@
+"""Two devices that this machine has not got, for processes of their own: `python tests/pretend_devices.py CHECK...`.
+
+Tensors on "pretend:0" and "pretend:1" lie in main memory and say that they lie elsewhere. What would fail on two GPUs
+fails here: arithmetic on tensors of two devices. That a device is registered cannot be undone, so that checks run in a
+process of their own; `test_placement.py` starts it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from models import assert_varied, enabled_for_tiny_models, noisy_copy, random_prompts, tiny_model
+from torch.utils import backend_registration
+from torch.utils._pytree import tree_map
+
+import hf_pearl
+from hf_pearl import PearlConfig
+from hf_pearl.cache.sizing import CacheNeeds
+from hf_pearl.model_devices import devices_of, layer_devices
+from hf_pearl.parallel import placement
+from hf_pearl.registry import engines_of
+
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor in main memory that says that it lies on another device."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor, device: torch.device | None = None, requires_grad: bool = False) -> Any:
+        """Wrap `held`; without a device, make a parameter of what is wrapped, as accelerate makes them."""
+        if device is None:
+            return torch.nn.Parameter(held, requires_grad)
+        wrapped = torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=device,
+        )
+        wrapped.held = held
+        return wrapped
+
+    def tolist(self) -> Any:
+        """As of the tensor that it holds; torch refuses it for subclasses."""
+        return self.held.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute with what is held, if all of it lies on one device; numbers may lie in main memory."""
+        kwargs = kwargs or {}
+        devices, in_memory = set(), []
+
+        def held(value: Any) -> Any:
+            if isinstance(value, Elsewhere):
+                devices.add(value.device)
+                return value.held
+            if isinstance(value, torch.Tensor) and value.ndim:
+                in_memory.append(value)
+            return value
+
+        own, own_kwargs = tree_map(held, args), tree_map(held, kwargs)
+        # Indices may lie in main memory, as on a GPU.
+        is_index = func is torch.ops.aten.index.Tensor and isinstance(args[0], Elsewhere)
+        if func not in COPIES and (len(devices) > 1 or (in_memory and not is_index)):
+            raise RuntimeError(f"{func} of tensors on {sorted(map(str, devices))} and {len(in_memory)} in main memory")
+        device = args[0].device if func is torch.ops.aten.copy_.default else next(iter(devices))
+        if kwargs.get("device") is not None:
+            device = torch.device(kwargs["device"])
+            own_kwargs["device"] = torch.device("cpu")
+        output = func(*own, **own_kwargs)
+        known = {id(each.held): each for each in args if isinstance(each, Elsewhere)}  # what is written in place
+
+        def wrapped(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or device.type != "pretend":
+                return value
+            return known[id(value)] if id(value) in known else Elsewhere(value, device)
+
+        return tree_map(wrapped, output)
+
+
+class Guard(torch._C._acc.DeviceGuard):
+    """What torch asks of a kind of device."""
+
+    def type_(self) -> Any:
+        """Its kind."""
+        return torch._C._autograd.DeviceType.PrivateUse1
+
+
+class Hooks(torch._C._acc.PrivateUse1Hooks):
+    """What torch asks of a kind of device."""
+
+    def is_available(self) -> bool:
+        """Whether there is one."""
+        return True
+
+    def has_primary_context(self, device_index: int) -> bool:
+        """Whether it is in use."""
+        return True
+
+    def is_built(self) -> bool:
+        """Whether torch knows it."""
+        return True
+
+
+class Pretend:
+    """`torch.pretend`."""
+
+    @staticmethod
+    def is_available() -> bool:
+        """Whether there is one."""
+        return True
+
+    @staticmethod
+    def is_initialized() -> bool:
+        """Whether it is in use."""
+        return True
+
+    @staticmethod
+    def device_count() -> int:
+        """How many there are."""
+        return 2
+
+    @staticmethod
+    def current_device() -> int:
+        """The one that "pretend" means."""
+        return 0
+
+    @staticmethod
+    def _is_in_bad_fork() -> bool:
+        return False
+
+    @staticmethod
+    def manual_seed_all(seed: int) -> None:
+        """Nothing is drawn there."""
+
+    @staticmethod
+    def get_amp_supported_dtype() -> list[torch.dtype]:
+        """For autocast."""
+        return [torch.bfloat16]
+
+
+def _empty(size: Any, dtype: Any = None, layout: Any = None, device: Any = None, **_: Any) -> torch.Tensor:
+    return Elsewhere(torch.empty(size, dtype=dtype), torch.device(device))
+
+
+def _empty_strided(
+    size: Any, stride: Any, dtype: Any = None, layout: Any = None, device: Any = None, **_: Any
+) -> torch.Tensor:
+    return Elsewhere(torch.empty_strided(size, stride, dtype=dtype), torch.device(device))
+
+
+def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    source, held = (each.held if isinstance(each, Elsewhere) else each for each in (source, target))
+    held.copy_(source)
+    return target
+
+
+def register() -> torch.library.Library:
+    """Make torch know the two devices, for as long as what is returned lives."""
+    backend_registration._setup_privateuseone_for_python_backend(
+        "pretend", backend_module=Pretend, hook=Hooks(), device_guard=Guard()
+    )
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty.memory_format", _empty, "PrivateUse1")
+    library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
+    torch.__future__.set_swap_module_params_on_conversion(True)  # A parameter's class changes with its device.
+    return library
+
+
+def _device_names(devices: Any) -> list[str]:
+    return [str(device) for device in devices]
+
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "repetition_penalty": 1.1, "bad_words_ids": [[5], [6, 7]]}
+
+
+def check_same_tokens(architecture: str, num_placements: int) -> None:
+    """Tokens equal transformers' wherever the models are moved to; `release` puts them back as they were."""
+    target = tiny_model(architecture, 1, num_hidden_layers=3)
+    draft = noisy_copy(target, 0.05, 2)
+    inputs = random_prompts(random.Random(3), 3, (4, 9, 30))
+    expected = target.generate(**inputs, do_sample=False, **OPTIONS)
+    assert_varied(expected[:, inputs["input_ids"].shape[1] :])
+    attributes = {name: set(vars(module)) for name, module in target.named_modules()}
+    both, first, second = ["pretend:0", "pretend:1"], "pretend:0", "pretend:1"
+    placements: list[tuple[Any, Any, Any]] = [
+        (both, second, "inline"),
+        (first, second, "threads"),
+        (second, [first], "inline"),
+        (second, both[1:], "threads"),
+        ("auto", both, "threads"),
+    ]
+    for target_devices, draft_devices, execution in placements[:num_placements]:
+        config = PearlConfig(
+            target_devices=target_devices, draft_devices=draft_devices, execution=execution, draft_length=3
+        )
+        for _ in range(2 if target_devices == both else 1):
+            output = target.generate(
+                **inputs, do_sample=False, **OPTIONS, assistant_model=draft, pearl=config, return_dict_in_generate=True
+            )
+            assert output.sequences.device.type == "cpu" and output.sequences.tolist() == expected.tolist()
+            assert 0 < output.pearl.accepted_tokens < output.pearl.verified_draft_tokens, output.pearl
+        if target_devices == both:
+            assert output.pearl.prefilled_tokens == len(inputs["input_ids"]), "no prefix was found again"
+        for model, asked in ((target, target_devices), (draft, draft_devices)):
+            wanted = [second] if asked == "auto" else asked if isinstance(asked, list) else [asked]
+            assert set(_device_names(devices_of(model))) == set(wanted), (asked, devices_of(model))
+        for name, model in (("target", target), ("draft", draft)):
+            (engine,) = engines_of(target)
+            pages = [layer.device for layer in engine.caches[name].layers]
+            assert pages == layer_devices(model), (name, pages)
+        assert sum(needs.num_layers or 3 for needs in CacheNeeds.by_device(target)) == 3
+    free_running = PearlConfig(target_devices=both, draft_devices=second, execution="threads")  # It grows trees.
+    output = target.generate(**inputs, do_sample=False, **OPTIONS, assistant_model=draft, pearl=free_running)
+    assert output.tolist() == expected.tolist()
+    hf_pearl.release(target)
+    assert _device_names([*devices_of(target), *devices_of(draft)]) == ["cpu", "cpu"]
+    assert {name: set(vars(module)) for name, module in target.named_modules()} == attributes
+    assert target.generate(**inputs, do_sample=False, **OPTIONS).tolist() == expected.tolist()
+
+
+def check_sampled_tokens() -> None:
+    """A seed gives the same sampled tokens wherever the models lie, with coupled and with rejection sampling."""
+    target = tiny_model("llama", 5)
+    draft = noisy_copy(target, 0.05, 6)
+    inputs = random_prompts(random.Random(7), 2, (5, 8))
+    for settings in ({}, {"verification": "rejection"}):
+        outputs = []
+        for placed in ({}, {"target_devices": ["pretend:0", "pretend:1"], "draft_devices": "pretend:1"}):
+            config = PearlConfig(execution="inline", draft_length=3, seed=8, **settings, **placed)
+            tokens = target.generate(**inputs, do_sample=True, **OPTIONS, assistant_model=draft, pearl=config)
+            outputs.append(tokens.tolist())
+        assert_varied(tokens[:, inputs["input_ids"].shape[1] :])
+        assert outputs[0] == outputs[1], settings
+        hf_pearl.release(target)
+
+
+def check_failed_move() -> None:
+    """A model that cannot be moved as a whole is where it was, and the next call works."""
+    target = tiny_model("llama", 9, num_hidden_layers=3)
+    prompt = torch.tensor([[1, 2, 3]])
+    expected = target.generate(prompt, do_sample=False, max_new_tokens=8).tolist()
+
+    def no_room(*_: Any, **__: Any) -> None:
+        target.model.layers[0].to("pretend:1")
+        raise torch.OutOfMemoryError("no room")
+
+    dispatch, placement.dispatch_model = placement.dispatch_model, no_room
+    config = PearlConfig(target_devices=["pretend:0", "pretend:1"])
+    try:
+        target.generate(prompt, do_sample=False, max_new_tokens=8, pearl=config)
+        raise AssertionError("the error was swallowed")
+    except torch.OutOfMemoryError:
+        assert _device_names(devices_of(target)) == ["cpu"]
+    finally:
+        placement.dispatch_model = dispatch
+    assert target.generate(prompt, do_sample=False, max_new_tokens=8, pearl=True).tolist() == expected
+    hf_pearl.release(target)
+
+
+def check_user_moves_it() -> None:
+    """A model that its user has moved since is left there by `release`."""
+    target = tiny_model("llama", 10)
+    prompt = torch.tensor([[1, 2, 3]])
+    target.generate(prompt, do_sample=False, max_new_tokens=4, pearl=PearlConfig(target_devices="pretend:0"))
+    for engine in engines_of(target):
+        engine.close()  # It looks at parameters, which these devices exchange for others; GPUs need not.
+    target.to("pretend:1")
+    hf_pearl.release(target)
+    assert _device_names(devices_of(target)) == ["pretend:1"]
+
+
+def check_shared_weights() -> None:
+    """Models that share weights are not torn apart."""
+    target = tiny_model("llama", 11)
+    draft = copy.deepcopy(target)
+    draft.set_input_embeddings(target.get_input_embeddings())
+    config = PearlConfig(draft_devices="pretend:0")
+    try:
+        target.generate(torch.tensor([[1, 2, 3]]), do_sample=False, assistant_model=draft, pearl=config)
+        raise AssertionError("it was moved")
+    except ValueError as error:
+        assert "share weights" in str(error), error
+    assert _device_names([*devices_of(target), *devices_of(draft)]) == ["cpu", "cpu"]
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "same tokens, llama": lambda: check_same_tokens("llama", 5),
+    "same tokens, gpt2": lambda: check_same_tokens("gpt2", 2),
+    "sampled tokens": check_sampled_tokens,
+    "a failed move": check_failed_move,
+    "moved by its user": check_user_moves_it,
+    "shared weights": check_shared_weights,
+}
+
+
+def main() -> None:
+    """Run all checks; write what went wrong, by check, as JSON."""
+    library = register()
+
+    failures = {}
+    with enabled_for_tiny_models():
+        for name, check in CHECKS.items():
+            try:
+                check()
+                failures[name] = ""
+            except Exception:
+                failures[name] = traceback.format_exc()
+    library._destroy()
+    print(json.dumps(failures))
+
+
+if __name__ == "__main__":
+    main()

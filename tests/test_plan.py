@@ -1,0 +1,355 @@
+"""`hf_pearl.plan`: which devices a pair gets, on machines that are described."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import command_in_process, tiny_model
+from transformers import LlamaConfig, MixtralConfig, T5Config
+
+import hf_pearl
+from hf_pearl import PearlConfig, load_demo_pair
+from hf_pearl.__main__ import main
+from hf_pearl.pair import demo_pair_folder
+from hf_pearl.parallel.footprint import Footprint
+from hf_pearl.parallel.planner import split
+from hf_pearl.parallel.tensor_parallel_split import tensor_parallel_split
+from hf_pearl.parallel.topology import Device, parse_topology, present_devices
+from hf_pearl.plan import Plan, plan
+
+GIB = 2**30
+DEMO = demo_pair_folder()
+
+
+def footprint(billions: float, num_layers: int = 32) -> Footprint:
+    """Roughly that of a model of so many parameters in bfloat16, with 8 heads of keys and values."""
+    weights = int(billions * 2e9)
+    return Footprint(weights, weights, num_layers * 4096, GIB // 2, GIB // 16, num_layers, 8)
+
+
+BIG, MEDIUM, SMALL, TINY = footprint(70, 80), footprint(8), footprint(0.6, 28), footprint(0.3, 14)
+
+
+@pytest.mark.parametrize(
+    ("machine", "pair", "target_on", "draft_on"),
+    [
+        pytest.param("2x80GiB", (MEDIUM, SMALL), [0], [1], id="two GPUs: one each"),
+        pytest.param("1x80GiB", (MEDIUM, SMALL), [0], [0], id="one GPU: both on it"),
+        pytest.param("8x80GiB", (MEDIUM, SMALL), [0], [1], id="eight: no more than they need"),
+        pytest.param("8x80GiB", (BIG, MEDIUM), [0, 1], [2], id="eight: two hold the target"),
+        pytest.param("8x24GiB", (BIG, MEDIUM), [0, 1, 2, 3, 4, 5, 6], [7], id="eight: seven and one"),
+        pytest.param("8x21GiB", (BIG, TINY), [0, 1, 2, 3, 4, 5, 6, 7], [0], id="eight: the target needs all"),
+        pytest.param("8x24GiB", (footprint(30), footprint(20)), [0, 1, 2], [3, 4], id="eight: three and two"),
+        pytest.param("7x24GiB@1TB/s,1x80GiB@3TB/s", (MEDIUM, SMALL), [7], [0], id="the target takes the fastest"),
+        pytest.param("1x24GiB,1x80GiB", (footprint(30), SMALL), [1], [0], id="the target takes the one that holds it"),
+        pytest.param("1x16GiB,1x80GiB", (footprint(30), MEDIUM), [1], [1], id="the other has no room for the draft"),
+    ],
+)
+def test_the_devices_of_both_lanes(
+    machine: str, pair: tuple[Footprint, Footprint], target_on: list[int], draft_on: list[int]
+) -> None:
+    devices = parse_topology(machine)
+    found = split(devices, *pair, min_tokens=8192)
+    assert found.target.devices == tuple(f"cuda:{index}" for index in target_on)
+    assert found.draft.devices == tuple(f"cuda:{index}" for index in draft_on)
+    for device in devices:
+        taken = [
+            each.total for lane in (found.target, found.draft) for each in lane.shares if each.device == device.name
+        ]
+        assert sum(taken) <= device.memory
+    assert found.num_tokens >= 8192
+    assert sum(share.weights for share in found.target.shares) == pytest.approx(pair[0].weights, abs=8)
+
+
+def test_on_a_cpu_both_share_the_memory() -> None:
+    found = split(parse_topology("cpu 64GiB"), MEDIUM, SMALL, 8192)
+    assert found.target.devices == found.draft.devices == ("cpu",)
+    cache = sum(lane.shares[0].cache for lane in (found.target, found.draft))
+    assert 0.9 * 16 * GIB < cache <= 16 * GIB, "a quarter of the memory, as the engine takes it"
+    assert found.target.shares[0].graphs == 0
+
+
+def test_lanes_that_are_placed_already_stay() -> None:
+    devices = parse_topology("4x80GiB")
+    found = split(devices, MEDIUM, SMALL, 8192, target_on=["cuda:2"])
+    assert (found.target.devices, found.draft.devices) == (("cuda:2",), ("cuda:0",))
+    found = split(devices, MEDIUM, SMALL, 8192, target_on=["cuda:2"], draft_on=["cuda:2"])
+    assert found.draft.devices == ("cuda:2",)
+
+
+def test_devices_that_do_not_hold_the_pair_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"do not hold the pair: weights of 130\.4 GiB .*cuda:1 with 24\.0 GiB\. Take"):
+        split(parse_topology("2x24GiB"), BIG, MEDIUM, 8192)
+    with pytest.raises(ValueError, match="caches of 4000000 tokens"):
+        split(parse_topology("2x80GiB"), MEDIUM, SMALL, 4_000_000)
+
+
+@pytest.mark.parametrize(
+    ("machine", "pair", "sizes"),
+    [
+        pytest.param("8x80GiB@3.35TB/s", (BIG, MEDIUM), (5, 3), id="70B and 8B"),
+        pytest.param("8x80GiB@3.35TB/s", (BIG, SMALL), (7, 1), id="70B and 0.6B"),
+        pytest.param("8x22GiB@1TB/s", (BIG, MEDIUM), (7, 1), id="where six do not hold the target"),
+        pytest.param("2x80GiB", (MEDIUM, SMALL), (1, 1), id="two devices"),
+    ],
+)
+def test_the_tensor_parallel_split_balances(
+    machine: str, pair: tuple[Footprint, Footprint], sizes: tuple[int, int]
+) -> None:
+    found = tensor_parallel_split(parse_topology(machine), *pair, 8192)
+    assert found is not None and (found.target_tp, found.draft_tp) == sizes
+    assert found.num_tokens >= 8192
+
+
+def test_a_faster_draft_needs_fewer_devices_and_a_better_one_is_worth_more() -> None:
+    devices = parse_topology("8x80GiB@3.35TB/s")
+    sizes = [
+        tensor_parallel_split(devices, BIG, MEDIUM, 8192, acceptance, seconds).draft_tp  # type: ignore[union-attr]
+        for acceptance, seconds in ((0.5, None), (0.8, None), (0.95, None), (0.8, (42e-3, 0.5e-3)))
+    ]
+    assert sizes == [*sorted(sizes[:3]), 1] and sizes[0] < sizes[2]
+
+
+def test_nothing_holds_what_is_too_large() -> None:
+    assert tensor_parallel_split(parse_topology("4x24GiB"), BIG, MEDIUM, 8192) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8x80GiB", [(f"cuda:{index}", 80 * GIB, None) for index in range(8)]),
+        (
+            "2 x 24 GiB, 80GB@3.35TB/s",
+            [("cuda:0", 24 * GIB, None), ("cuda:1", 24 * GIB, None), ("cuda:2", 80 * 10**9, 3.35e12)],
+        ),
+        ("CPU 64GiB", [("cpu", 64 * GIB, None)]),
+    ],
+)
+def test_machines_are_described_in_words(text: str, expected: list[tuple[str, int, float | None]]) -> None:
+    assert parse_topology(text) == tuple(Device(*each) for each in expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8", "8x", "0x80GiB", "8x80", "x80GiB", "8x80GiB,", "cpu 2x8GiB", "8x80GiB@3", "eight"]
+)
+def test_what_describes_no_machine_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r'`devices` must be described as in "8x80GiB".*got'):
+        parse_topology(text)
+
+
+def test_a_footprint_is_that_of_the_model(seed: int) -> None:
+    model = tiny_model("llama", seed, dtype=torch.bfloat16)
+    found = Footprint.of(model)
+    assert found.weights == sum(parameter.nbytes for parameter in model.parameters())
+    assert found.read == found.weights - model.get_input_embeddings().weight.nbytes
+    assert found.cache_per_token == 2 * 2 * 2 * 8 * 2  # keys and values, layers, heads, their size, bytes
+    tied = tiny_model("llama", seed, dtype=torch.bfloat16, tie_word_embeddings=True)
+    tied.tie_weights()
+    assert Footprint.of(tied).weights == Footprint.of(tied).read < found.weights
+
+
+def test_a_forward_reads_the_experts_that_it_is_sent_to(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=8, num_experts_per_tok=2, vocab_size=64,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    found = plan(tmp_path, tmp_path, devices="2x1GiB", dtype=torch.float32).target.footprint
+    assert 0.25 < found.read / found.weights < 0.35
+
+
+def test_sizes_are_known_before_anything_is_loaded() -> None:
+    target, draft, _ = load_demo_pair("cpu", torch.bfloat16)
+    named = plan(DEMO / "target", DEMO / "draft", devices="8x80GiB")
+    loaded = plan(target, draft, devices="8x80GiB")
+    assert named.target.footprint == loaded.target.footprint and named.draft.footprint == loaded.draft.footprint
+    assert (named.target.lane, named.draft.lane) == (loaded.target.lane, loaded.draft.lane)
+    assert named.config == PearlConfig(target_devices=["cuda:0"], draft_devices=["cuda:1"])
+
+
+def test_models_of_real_sizes(tmp_path: Path) -> None:
+    shapes = {"70B": (8192, 28672, 80, 64), "8B": (4096, 14336, 32, 32)}
+    for name, (hidden, inner, layers, heads) in shapes.items():
+        LlamaConfig(
+            hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072, dtype="bfloat16",
+        ).save_pretrained(tmp_path / name)  # fmt: skip
+    found = plan(tmp_path / "70B", tmp_path / "8B", devices="8x80GiB@3.35TB/s")
+    assert found.target.footprint.weights == 2 * 70_553_706_496
+    assert found.draft.footprint.weights == 2 * 8_030_261_248
+    assert found.target.footprint.cache_per_token == 2 * 80 * 8 * 128 * 2
+    assert (found.target.lane.devices, found.draft.lane.devices) == (("cuda:0", "cuda:1"), ("cuda:2",))
+    assert found.tensor_parallel is not None
+    text = str(found)
+    for part in (
+        "131.4 GiB",
+        "cuda:1",
+        "fewest devices that hold it",
+        "Without anything: cuda:3",
+        "target_tp=",
+        ".load()",
+    ):
+        assert part in text, text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without CUDA devices")
+def test_a_plan_for_this_machine_loads_what_it_says(seed: int) -> None:
+    found = plan(DEMO / "target", DEMO / "draft", dtype=torch.float32)
+    assert [device.name for device in found.devices] == ["cpu"] and "Cores of the target" in str(found)
+    target, draft = found.load()
+    expected, _, tokenizer = load_demo_pair("cpu", torch.float32)
+    prompt = tokenizer("def main(", return_tensors="pt")
+    assert target.dtype == draft.dtype == torch.float32 and not target.training
+    assert (
+        target.generate(**prompt, max_new_tokens=8).tolist() == expected.generate(**prompt, max_new_tokens=8).tolist()
+    )
+    with pytest.raises(ValueError, match="loaded already"):
+        plan(target, draft).load()
+    with pytest.raises(ValueError, match="assumed"):
+        plan(DEMO / "target", DEMO / "draft", devices="2x8GiB").load()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without CUDA devices")
+def test_loaded_models_stay_where_they_are(seed: int) -> None:
+    target, draft = tiny_model("llama", seed), tiny_model("llama", seed + 1)
+    found = plan(target, draft)
+    assert (found.target.lane.devices, found.draft.lane.devices) == (("cpu",), ("cpu",))
+    assert "where it lies" in str(found) and "pearl=hf_pearl.PearlConfig(target_devices=['cpu']" in str(found)
+    (device,) = present_devices(measured=True)
+    assert device.bandwidth is not None and device.bandwidth > 1e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"target": "no/such-model"},
+            ValueError,
+            r"`target` must be .* that can be reached, got 'no/such-model': We couldn",
+        ),
+        ({"draft": 3}, TypeError, "`draft` must be a model of transformers, a folder or a name, got 3"),
+        ({"devices": "many"}, ValueError, "`devices` must be described as"),
+        ({"devices": [1]}, TypeError, r"`devices` must be a description .*got \[1\]"),
+        ({"num_tokens": 0}, ValueError, "`num_tokens` must be between 1 and"),
+        ({"num_tokens": 1.5}, TypeError, r"`num_tokens` must be an int, got 1\.5"),
+        ({"dtype": "bfloat16"}, TypeError, "`dtype` must be a floating-point dtype"),
+        ({"devices": "1x1MiB"}, ValueError, "do not hold the pair"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plan(**{"target": DEMO / "target", "draft": DEMO / "draft", **arguments})
+
+
+def test_models_that_pearl_cannot_run_are_refused(tmp_path: Path) -> None:
+    T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16, vocab_size=64).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`draft` must be a causal language model of transformers, got"):
+        plan(DEMO / "target", tmp_path, devices="2x8GiB")
+
+
+def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    with command_in_process():
+        assert main(["plan", "--devices", "8x80GiB", "--dtype", "float32"]) == 0
+        printed = capsys.readouterr().out
+        assert printed == f"{plan(DEMO / 'target', DEMO / 'draft', devices='8x80GiB', dtype=torch.float32)}\n"
+        assert "cuda:1" in printed and "float32" in printed
+        for wrong in (["--devices", "8x80"], ["--target", "no/such-model"], ["--devices", "1x1MiB"]):
+            with pytest.raises(SystemExit) as ended:
+                main(["plan", *wrong])
+            assert ended.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+# The Hub, as far as a plan asks it.
+
+
+@contextmanager
+def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """A Hub with one repository, `some/model`, that notes what is fetched of it."""
+    fetched: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def respond(self, sends_body: bool) -> None:
+            name = self.path.rpartition("/")[2]
+            path = folder / name
+            if "/resolve/" not in self.path or not path.is_file():
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            content = path.read_bytes()
+            wanted = self.headers.get("Range", "")
+            if wanted:
+                start, _, end = wanted.removeprefix("bytes=").partition("-")
+                content = content[int(start) : int(end) + 1]
+            if sends_body:
+                fetched.append(f"{name} {len(content)}")
+            self.send_response(206 if wanted else 200)
+            for key, value in {
+                "Content-Length": str(len(content)), "ETag": f'"{name}"', "X-Repo-Commit": "0" * 40,
+                "X-Linked-Size": str(path.stat().st_size), "X-Linked-Etag": f'"{name}"',
+            }.items():  # fmt: skip
+                self.send_header(key, value)
+            self.end_headers()
+            if sends_body:
+                self.wfile.write(content)
+
+        def do_HEAD(self) -> None:
+            self.respond(False)
+
+        def do_GET(self) -> None:
+            self.respond(True)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", fetched
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+ASK_HUB = """
+import json, sys, torch, hf_pearl
+found = hf_pearl.plan("some/model", "some/model", devices="2x8GiB")
+print(json.dumps([found.target.footprint.weights, str(found.target.dtype)]))
+"""
+
+
+def test_of_a_model_on_the_hub_only_headers_are_fetched(tmp_path: Path, seed: int) -> None:
+    model = tiny_model("llama", seed, dtype=torch.float16, vocab_size=20_000)
+    model.save_pretrained(tmp_path / "model")
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert size > 1_000_000
+    with hub(tmp_path / "model") as (address, fetched):
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        environment |= {"PYTHONPATH": str(Path(hf_pearl.__file__).parents[1]), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", ASK_HUB], capture_output=True, text=True, timeout=300, env=environment
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert json.loads(done.stdout.splitlines()[-1]) == [weights, "torch.float16"]
+    bytes_of_weights = [int(each.split()[1]) for each in fetched if each.startswith("model.safetensors ")]
+    assert bytes_of_weights and max(bytes_of_weights) <= 100_001
+
+
+def test_a_plan_is_a_value() -> None:
+    first, second = (plan(DEMO / "target", DEMO / "draft", devices="2x8GiB") for _ in range(2))
+    assert isinstance(first, Plan) and first == second and hf_pearl.plan is plan
