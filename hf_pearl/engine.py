@@ -119,10 +119,10 @@ class PearlEngine:
 
     @contextmanager
     def _sound_caches(self) -> Iterator[None]:
-        """Begin the caches anew after an interrupt: it may have come while blocks changed hands."""
+        """Begin the caches anew after what may have come while blocks changed hands."""
         try:
             yield
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, MemoryError):
             for cache in self.caches.values():
                 cache.start_anew()
             raise
@@ -188,8 +188,8 @@ class PearlEngine:
             yield runner
         finally:
             runner.abort()
-            if isinstance(runner, ThreadDraft) and runner.is_left_behind:
-                del self.caches["draft"]  # The thread may still write to it.
+            if isinstance(runner, ThreadDraft) and runner.error is not None:
+                del self.caches["draft"]  # Its books may be half written, and the thread may still run.
 
     def _runner(
         self,

@@ -389,26 +389,6 @@ def test_new_weights_reach_the_warm_worker(target: PreTrainedModel, prompt: dict
 # -- failures -----------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_worker_is_survived(target: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
-    draft = noisy_copy(target, 0.03, 5)
-    warm(target, draft)
-    expected = decode(target, None, prompt, PearlConfig(execution="inline"), max_new_tokens=80).sequences.tolist()
-    for config in (PROCESSES, LOCKSTEP):
-        worker = worker_of(target, draft)
-        assert worker.wait_until_ready(START_SECONDS)
-        kill = AtLength(60, lambda worker=worker: os.kill(worker.process_id, signal.SIGKILL))
-        criteria = StoppingCriteriaList([kill])
-        with expected_warnings() as warnings:
-            output = decode(target, draft, prompt, config, max_new_tokens=80, stopping_criteria=criteria)
-        assert output.sequences.tolist() == expected
-        assert len(warnings) == 1 and "exit code -9" in warnings[0]
-        again = decode(target, draft, prompt, PROCESSES, max_new_tokens=80)  # while the next worker starts
-        assert again.sequences.tolist() == expected
-        assert again.pearl.execution == "processes"
-        assert worker_of(target, draft) is not worker
-    hf_pearl.release(draft)
-
-
 def test_a_worker_that_fails_to_start_says_why_and_is_replaced_by_a_thread(
     target: PreTrainedModel, prompt: dict[str, torch.Tensor]
 ) -> None:

@@ -47,12 +47,7 @@ class ThreadDraft:
     Parameters
     ----------
     is_hurried : callable
-        Whether the user wants out: a draft step that goes on is then not waited for.
-
-    Attributes
-    ----------
-    is_left_behind : bool
-        Whether the thread still runs after the end of the call. What it works on is its own from then on.
+        Whether the user wants out: a draft step that goes on is then not waited for, and is an error.
     """
 
     concurrent = True
@@ -64,7 +59,6 @@ class ThreadDraft:
         self._drafter = drafter
         self._lane = lane
         self._is_hurried = is_hurried
-        self.is_left_behind = False
         self._progress = heartbeat.Watch()
         self._inbox = _QueueInbox()
         self._trees: dict[int, TokenTree] = {}
@@ -111,7 +105,7 @@ class ThreadDraft:
 
     @property
     def error(self) -> BaseException | None:
-        """What ended the lane before its time."""
+        """What ended the lane before its time. The thread may still run then, on what is its own from now on."""
         return self._error
 
     def send(self, message: Admission | Verdict | Removal) -> None:
@@ -166,4 +160,5 @@ class ThreadDraft:
         self._thread.join(POLL_SECONDS)
         while self._thread.is_alive() and not (self._stands_still() or self._is_hurried()):
             self._thread.join(POLL_SECONDS)
-        self.is_left_behind = self._thread.is_alive()
+        if self._thread.is_alive() and self._error is None:
+            self._error = PearlWorkerError(f"draft lane, step {self._num_steps}: it was left behind by an interrupt")

@@ -175,6 +175,7 @@ class DraftServer:
         except (ToldToQuit, records.MalformedRecordError):
             raise
         except Exception:
+            self.cache = None  # Whatever failed may have left its books half written.
             outbox.fail(traceback.format_exc())
         finally:
             if distributions is not None:

@@ -190,7 +190,8 @@ class WorkerProcess:
         if log is not None:
             start = max(0, os.fstat(log).st_size - LOG_BYTES)
             text = os.pread(log, LOG_BYTES, start).decode(errors="replace").strip()
-        return "; ".join(part for part in (self._failure, f"exit code {self._process.poll()}", text) if part)
+        code = self._process.poll()
+        return "; ".join(part for part in (self._failure, "" if code is None else f"exit code {code}", text) if part)
 
     def give_up(self, reason: str) -> None:
         """Never use it again."""
