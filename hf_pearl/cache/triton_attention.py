@@ -145,7 +145,8 @@ def _tree(
     num_words = tl.load(tables.tree_words + sequence)
     tree = tables.trees + tl.load(tables.tree_starts + sequence)
     rows = tree + queries * (1 + num_words)
-    positions = tl.load(rows, mask=is_row & (num_words > 0), other=places)
+    has_row = is_row & (queries < num_queries * num_words)  # No row has one where there are no words.
+    positions = tl.load(rows, mask=has_row, other=places)
     return positions, rows + 1, tree + num_queries * (1 + num_words), num_words
 
 
