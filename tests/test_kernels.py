@@ -5,6 +5,8 @@ Without a GPU the Triton kernels run in Triton's interpreter. Unused slots, bloc
 
 from __future__ import annotations
 
+import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +14,21 @@ import interpreter  # noqa: F401 - skips the module where there is no Triton
 import pytest
 import torch
 from kernel_cases import Case, random_case
-from models import enabled_for_tiny_models
+from models import (
+    assert_equal,
+    assert_nothing_held,
+    assert_varied,
+    enabled_for_tiny_models,
+    noisy_copy,
+    random_prompts,
+    tiny_model,
+)
 
-from hf_pearl.cache import kernels, torch_kernels
+from hf_pearl import PearlConfig
+from hf_pearl.cache import backends, kernels, torch_kernels
+from hf_pearl.cache.backends import choose_kernels
+from hf_pearl.cache.paged_layer import Held
+from hf_pearl.cache.step_tables import Bounds
 
 NUM_CASES = 264
 NUM_FAST = {kernels: 48, torch_kernels: 16}
@@ -62,3 +76,107 @@ def test_attention_is_that_of_float64_token_by_token(implementation: Any, number
     expected = case.expected()
     error = (output[: case.num_tokens].double() - expected).abs().max() / expected.abs().max()
     assert error < MAX_ERROR[dtype], f"{error}: {case.description}"
+
+
+# -- through the engine ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Bounds]:
+    """Have `attention="triton"` served by an implementation, and collect the bounds of every call of its attention.
+
+    One thread at a time, since the interpreter knows but one.
+    """
+    steps: list[Bounds] = []
+    lock = threading.Lock()
+    store, paged_attention = request.param.store, request.param.paged_attention
+
+    def locked_store(*arguments: Any) -> None:
+        with lock:
+            store(*arguments)
+
+    def locked_attention(*arguments: Any) -> torch.Tensor:
+        with lock:
+            steps.append(arguments[3].bounds)
+            return paged_attention(*arguments)
+
+    monkeypatch.setattr(kernels, "store", locked_store)
+    monkeypatch.setattr(kernels, "paged_attention", locked_attention)
+    return steps
+
+
+def implementations(*architectures: str, fast: str) -> list[Any]:
+    """The twins for every architecture, which are fast, and the interpreted kernels, of which one is in every run."""
+    twins = [pytest.param(torch_kernels, each, id=f"torch-{each}") for each in architectures]
+    marks = {each: () if each == fast else pytest.mark.slow for each in architectures}
+    return twins + [pytest.param(kernels, each, id=f"triton-{each}", marks=marks[each]) for each in architectures]
+
+
+@pytest.mark.parametrize(
+    ("steps", "architecture"), implementations("llama", "mistral", "gemma2", "gpt2", fast="mistral"), indirect=["steps"]
+)
+def test_a_call_on_kernels_gives_the_tokens_of_generate(architecture: str, seed: int, steps: list[Bounds]) -> None:
+    target = tiny_model(architecture, seed)
+    draft = noisy_copy(target, 0.03, seed)
+    inputs = random_prompts(random.Random(seed), 2, (5, 20))
+    config = PearlConfig(execution="inline", attention="triton", draft_length=4)
+    expected, output = assert_equal(target, draft, inputs, config, max_new_tokens=16)
+    assert_varied(expected)
+    assert 0 < output.pearl.acceptance_rate < 1
+    assert {each.num_sequences for each in steps} == {1, 2}
+    assert_nothing_held(target)
+
+
+@pytest.mark.parametrize(
+    ("steps", "architecture"), implementations("llama", "mistral", fast="mistral"), indirect=["steps"]
+)
+def test_trees_of_draft_and_target_are_computed_by_kernels(architecture: str, seed: int, steps: list[Bounds]) -> None:
+    target = tiny_model(architecture, seed)
+    draft = noisy_copy(target, 0.1, seed)
+    inputs = random_prompts(random.Random(seed), 1, (20,))
+    config = PearlConfig(execution="threads", attention="triton")
+    expected, _ = assert_equal(target, draft, inputs, config, max_new_tokens=24)
+    assert_varied(expected)
+    assert any(each.has_trees for each in steps)
+
+
+def held(device: str = "cuda", **others: Any) -> Held:
+    """What a layer may hold."""
+    return Held(
+        **{"device": torch.device(device), "dtype": torch.bfloat16, "max_head_dim": 64, "eight_bit": False} | others
+    )
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        pytest.param(held(eight_bit=True), ["8-bit", "`cache_dtype`"], id="8 bits"),
+        pytest.param(held(max_head_dim=512), ["256", "512"], id="head dimension"),
+        pytest.param(held(dtype=torch.float8_e4m3fn), ["bfloat16", "float8_e4m3fn"], id="dtype"),
+    ],
+)
+def test_a_backend_that_was_asked_for_and_cannot_says_why(what: Held, words: list[str]) -> None:
+    with pytest.raises(ValueError) as raised:
+        choose_kernels("triton", what)
+    assert all(word in str(raised.value) for word in ['`attention="triton"`', '"auto"', *words])
+    assert choose_kernels("auto", what) is None
+
+
+def test_without_triton_its_kernels_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install triton"):
+        choose_kernels("triton", held())
+    assert choose_kernels("auto", held()) is None
+
+
+def test_without_a_gpu_kernels_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "IS_INTERPRETED", False)
+    target = tiny_model("llama", 1)
+    with pytest.raises(ValueError, match="CUDA device"):
+        target.generate(torch.tensor([[1, 2]]), max_new_tokens=2, pearl=PearlConfig(attention="triton"))
+    assert choose_kernels("auto", held("cpu")) is None
+
+
+def test_auto_takes_the_kernels_on_cuda() -> None:
+    assert choose_kernels("auto", held()) is kernels
+    assert choose_kernels("sdpa", held()) is None

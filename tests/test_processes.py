@@ -37,6 +37,7 @@ from transformers.generation import logits_process
 
 import hf_pearl
 from hf_pearl import PearlConfig
+from hf_pearl.cache.backends import BACKENDS
 from hf_pearl.decoding.drafting import MAX_WIDTH
 from hf_pearl.decoding.messages import Admission, Grant, Removal, TokenTree, Verdict
 from hf_pearl.parallel import processes, records, shared_memory, worker_process
@@ -712,6 +713,7 @@ OPTIONS = st.builds(
     max_line=st.integers(1, 64),
     max_width=st.integers(1, 64),
     num_blocks=st.integers(1, 2**20),
+    attention=st.sampled_from(BACKENDS),
     processors=st.just([]),
 )
 MESSAGES = st.one_of(
