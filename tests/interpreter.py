@@ -1,4 +1,7 @@
-"""Triton's interpreter, made to run with NumPy 2.4 and later: it turns arrays of one number into loop bounds."""
+"""Triton's interpreter, made to run with NumPy 2.4 and later: it turns arrays of one number into loop bounds.
+
+Whoever imports this is skipped where there is no Triton.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
+from triton import knobs
 from triton.runtime import interpreter
+
+IS_INTERPRETED = knobs.runtime.interpret
 
 _patch = interpreter._patch_lang_tensor
 

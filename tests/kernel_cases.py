@@ -82,7 +82,7 @@ def random_case(seed: int, dtype: torch.dtype, device: str = "cpu", scale: int =
     key_dim = chance.choice(HEAD_DIMS)
     value_dim = key_dim if chance.random() < 0.8 else chance.choice(HEAD_DIMS)
     sequences, num_new, trees = [], [], []
-    blocks = list(range(512 * scale))
+    blocks = list(range(64 + 1200 * scale // block_size))
     chance.shuffle(blocks)
     for _ in range(chance.choice([1, 1, 2, 3])):
         num = chance.choice([1, 1, 2, 4, 7, 12, 33] if not sequences else [1, 2, 5])

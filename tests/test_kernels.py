@@ -25,6 +25,7 @@ from models import (
 )
 
 from hf_pearl import PearlConfig
+from hf_pearl.benchmark.near_tie import is_near_tie
 from hf_pearl.cache import backends, kernels, torch_kernels
 from hf_pearl.cache.backends import choose_kernels
 from hf_pearl.cache.paged_layer import Held
@@ -32,6 +33,8 @@ from hf_pearl.cache.step_tables import Bounds
 
 NUM_CASES = 264
 NUM_FAST = {kernels: 48, torch_kernels: 16}
+NUM_ON_GPU, GPU_SCALE = 40, 16  # Contexts of up to 2,100 tokens; each case takes seconds to compile.
+needs_interpreter = pytest.mark.skipif(not kernels.IS_INTERPRETED, reason="compiled kernels need tensors on a GPU")
 # Largest error, over the largest number of the expected output.
 MAX_ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DTYPES = list(MAX_ERROR)
@@ -44,12 +47,15 @@ def one_thread() -> Iterator[None]:
 
 
 def random_cases() -> list[Any]:
-    """An implementation and the number of a random case each; most of them only in `make test-all`."""
+    """An implementation, a device, and the number of a case each; most of them only in `make test-all`."""
     cases = []
     for implementation, name in ((kernels, "triton"), (torch_kernels, "torch")):
         for number in range(NUM_CASES):
-            marks = () if number < NUM_FAST[implementation] else pytest.mark.slow
-            cases.append(pytest.param(implementation, number, marks=marks, id=f"{name}-{number}"))
+            marks = [needs_interpreter] if implementation is kernels else []
+            marks += [] if number < NUM_FAST[implementation] else [pytest.mark.slow]
+            cases.append(pytest.param(implementation, "cpu", number, marks=marks, id=f"{name}-{number}"))
+    for number in range(NUM_ON_GPU):
+        cases.append(pytest.param(kernels, "cuda", number, marks=pytest.mark.cuda, id=f"cuda-{number}"))
     return cases
 
 
@@ -65,13 +71,13 @@ def run(implementation: Any, case: Case) -> torch.Tensor:
     return output[0].cpu()
 
 
-@pytest.mark.parametrize(("implementation", "number"), random_cases())
-def test_attention_is_that_of_float64_token_by_token(implementation: Any, number: int, seed: int) -> None:
+@pytest.mark.parametrize(("implementation", "device", "number"), random_cases())
+def test_attention_is_that_of_float64_token_by_token(implementation: Any, device: str, number: int, seed: int) -> None:
     dtype = DTYPES[number % 2 * (1 + number // 2 % 2)]  # every other one in float32
-    case = random_case(seed, dtype)
+    case = random_case(seed, dtype, device, GPU_SCALE if device == "cuda" else 1)
     output = run(implementation, case)
     for pool, expected in zip(case.pools, case.stored, strict=True):
-        assert torch.equal(pool.nan_to_num(1e9), expected.nan_to_num(1e9)), case.description  # and nothing else
+        assert torch.equal(pool.cpu().nan_to_num(1e9), expected.nan_to_num(1e9)), case.description  # and nothing else
     assert output[case.num_tokens :].isnan().all(), case.description
     expected = case.expected()
     error = (output[: case.num_tokens].double() - expected).abs().max() / expected.abs().max()
@@ -108,7 +114,7 @@ def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
 def implementations(*architectures: str, fast: str) -> list[Any]:
     """The twins for every architecture, which are fast, and the interpreted kernels, of which one is in every run."""
     twins = [pytest.param(torch_kernels, each, id=f"torch-{each}") for each in architectures]
-    marks = {each: () if each == fast else pytest.mark.slow for each in architectures}
+    marks = {each: [needs_interpreter, *([] if each == fast else [pytest.mark.slow])] for each in architectures}
     return twins + [pytest.param(kernels, each, id=f"triton-{each}", marks=marks[each]) for each in architectures]
 
 
@@ -138,6 +144,21 @@ def test_trees_of_draft_and_target_are_computed_by_kernels(architecture: str, se
     expected, _ = assert_equal(target, draft, inputs, config, max_new_tokens=24)
     assert_varied(expected)
     assert any(each.has_trees for each in steps)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["mistral", "gemma2"])
+def test_a_call_on_a_gpu_gives_the_tokens_of_generate_but_for_near_ties(
+    architecture: str, dtype: torch.dtype, seed: int
+) -> None:
+    target = tiny_model(architecture, seed, dtype=dtype).to("cuda")
+    draft = noisy_copy(target, 0.03, seed)
+    ids = random_prompts(random.Random(seed), 1, (40,))["input_ids"].to("cuda")
+    expected = target.generate(ids, do_sample=False, max_new_tokens=40)[0, 40:].tolist()
+    config = PearlConfig(attention="triton")
+    got = target.generate(ids, do_sample=False, max_new_tokens=40, assistant_model=draft, pearl=config)[0, 40:].tolist()
+    assert got == expected or is_near_tie(target, ids, expected, got)
 
 
 def held(device: str = "cuda", **others: Any) -> Held:
