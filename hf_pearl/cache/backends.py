@@ -1,7 +1,14 @@
 """Which code reads and writes the paged cache: torch's scaled dot-product attention, or kernels that follow tables.
 
-`"auto"` takes the Triton kernels on CUDA wherever they work: `sdpa` copies every key that it reads there, asks the host
-for slots and masks, and cannot be captured in a CUDA graph. Elsewhere it takes `sdpa`, which on a CPU reads in place.
+`"auto"` takes the Triton kernels on CUDA wherever they work: `sdpa` copies every key that it reads there, has the host
+make slots and masks, and cannot be captured in a CUDA graph. Elsewhere it takes `sdpa`, which on a CPU reads in place.
+
+There is no backend on flash-attn, nor on torch's `varlen_attn`, which is FlashAttention 2 too unless another is
+installed. Their layout is no obstacle: pools viewed as `(blocks, block size, heads, head dim)` need no copy. But
+FlashAttention 2 takes blocks of a multiple of 256 tokens only ("Paged KV cache block size must be divisible by 256"),
+where ours have 16, so that short prefixes are shared; and it takes no mask for the lines of a tree, which most windows of
+draft and target are. What remains are prompts: a cache with `block_size=256`, and a `Kernels` that hands every step with
+`bounds.has_trees`, sinks or (`varlen_attn`) a soft-cap on to ours.
 """
 
 from __future__ import annotations
