@@ -6,9 +6,9 @@ make slots and masks, and cannot be captured in a CUDA graph. Elsewhere it takes
 There is no backend on flash-attn, nor on torch's `varlen_attn`, which is FlashAttention 2 too unless another is
 installed. Their layout is no obstacle: pools viewed as `(blocks, block size, heads, head dim)` need no copy. But
 FlashAttention 2 takes blocks of a multiple of 256 tokens only ("Paged KV cache block size must be divisible by 256"),
-where ours have 16, so that short prefixes are shared; and it takes no mask for the lines of a tree, which most windows of
-draft and target are. What remains are prompts: a cache with `block_size=256`, and a `Kernels` that hands every step with
-`bounds.has_trees`, sinks or (`varlen_attn`) a soft-cap on to ours.
+where ours have 16, so that short prefixes are shared. And it takes no mask for the lines of a tree, which most windows
+of draft and target are. What remains are prompts: a cache with `block_size=256`, and `Kernels` that hand every step
+with `bounds.has_trees`, sinks or (`varlen_attn`) a soft-cap on to ours.
 """
 
 from __future__ import annotations
