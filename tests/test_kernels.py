@@ -38,7 +38,7 @@ NUM_FAST = {kernels: 48, torch_kernels: 16}
 NUM_ON_GPU, GPU_SCALE = 40, 16  # Contexts of up to 2,100 tokens; each case takes seconds to compile.
 needs_interpreter = pytest.mark.skipif(not kernels.IS_INTERPRETED, reason="compiled kernels need tensors on a GPU")
 # Largest error, over the largest number of the expected output.
-MAX_ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+MAX_ERROR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DTYPES = list(MAX_ERROR)
 
 
