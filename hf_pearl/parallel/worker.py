@@ -197,6 +197,7 @@ class DraftServer:
         made_for = options.num_blocks, options.eight_bit_cache
         if self.cache is None or (self.cache.pool.max_blocks, self.cache.eight_bit) != made_for:
             self.cache = PagedPrefixCache(self.model.config, options.num_blocks, eight_bit=options.eight_bit_cache)
+        self.cache.backend.use(options.attention)
         return self.cache
 
 
