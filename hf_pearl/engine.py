@@ -33,9 +33,9 @@ from .decoding.verification import Verifier
 from .fingerprint import fingerprint
 from .interrupts import KeptInterrupts
 from .learnt import Learnt, Runner
-from .model_devices import input_device, share_hooks
+from .model_devices import input_device
 from .parallel.cores import SharedCores, leaving_cores
-from .parallel.draft_workers import DraftWorkers, Execution
+from .parallel.draft_workers import DraftWorkers, Execution, for_hooks
 from .parallel.inline import InlineDraft
 from .parallel.lane import ModelLane, output_vocab_size
 from .parallel.memory import cache_share
@@ -188,7 +188,7 @@ class PearlEngine:
             return
         num_blocks = self.caches["draft"].pool.max_blocks
         execution = self.workers.choose(config, draft, self._fingerprints["draft"], num_blocks)
-        stats.execution = execution = _for_hooks(execution, config, target_lane.model, draft)
+        stats.execution = execution = for_hooks(execution, config, target_lane.model, draft)
         vocab_size = output_vocab_size(target_lane.model)
         cores.leave(1 if execution == "processes" else 0)
         runner = self._runner(execution, draft, vocab_size, rules, config, interrupts)
@@ -292,15 +292,3 @@ class PearlEngine:
                 self.learnt.forget_benefits()
             self._fingerprints[name] = now
             self.caches[name].backend.use(config.attention)
-
-
-def _for_hooks(execution: Execution, config: PearlConfig, target: PreTrainedModel, draft: PreTrainedModel) -> Execution:
-    """`execution`, or "inline" where both models pass through the same hooks of accelerate, which serve one thread."""
-    if execution != "threads" or not share_hooks(target, draft):
-        return execution
-    if config.execution == "threads":
-        raise ValueError(
-            '`execution="threads"` cannot run a draft that shares modules with its target which accelerate has '
-            'dispatched: their hooks load weights for one thread at a time. Use `execution="inline"` or "auto".'
-        )
-    return "inline"
