@@ -171,10 +171,8 @@ def _rules(
     try:
         max_length = operator.index(generation_config.max_length)
     except TypeError:  # NaN would never be reached.
-        seen = generation_config.max_length
-        raise TypeError(
-            f"`max_length`, with `max_new_tokens` added, must be an int, got {seen!r}. Give an int."
-        ) from None
+        seen = repr(generation_config.max_length)
+        raise TypeError(f"`max_length`, or what `max_new_tokens` makes of it, is {seen}. Pass an int.") from None
     returns_dict = bool(generation_config.return_dict_in_generate)
     return Rules(
         processors=processors,
