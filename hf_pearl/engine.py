@@ -236,16 +236,9 @@ class PearlEngine:
     @staticmethod
     def _admit(runner: Runner, draft: PreTrainedModel, requests: Sequence[Request]) -> None:
         longest = getattr(draft.config.get_text_config(), "max_position_embeddings", None) or 2**31
-        for request in requests:
-            runner.send(
-                Admission(
-                    request.request_id,
-                    tuple(request.verified),
-                    min(request.max_length, longest),
-                    request.num_padding,
-                    request.seed,
-                )
-            )
+        for each in requests:
+            length = min(each.max_length, longest)
+            runner.send(Admission(each.request_id, tuple(each.verified), length, each.num_padding, each.seed))
 
     @staticmethod
     def _report(runner: Runner, loop: DecodingLoop, stats: PearlStats) -> None:
