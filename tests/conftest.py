@@ -1,8 +1,14 @@
-"""What every test shares: no network, repeatable seeds, shards, and a check that no module leaves anything behind."""
+"""What every test shares: no network, repeatable seeds, shards, and a check that no module leaves anything behind.
+
+A machine with a GPU may have no more than torch, transformers, Triton and pytest: test modules that need other packages
+are left out where these are missing, and the report's header says so.
+"""
 
 from __future__ import annotations
 
+import ast
 import gc
+import importlib.util
 import os
 import re
 import threading
@@ -15,15 +21,12 @@ from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
 
-import hypothesis
 import psutil
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Read when Triton is imported first, whoever does.
-
-from jupyter_core.utils import ensure_event_loop
 
 BASE_SEED = int(os.environ.get("HF_PEARL_SEED", "0"))
 SHARD = os.environ.get("HF_PEARL_SHARD", "")
@@ -32,8 +35,26 @@ LEAK_PATIENCE = 5.0  # seconds: a worker that was told to end needs a moment
 # Opened by libraries at any moment and kept: no lane opens them.
 LASTING_DESCRIPTORS = ("/dev/null", "/dev/urandom", "/dev/random", "/dev/pts/", "/dev/tty", "/proc/", "/sys/")
 
-hypothesis.settings.register_profile("hf_pearl", deadline=None, derandomize=False, database=None, print_blob=True)
-hypothesis.settings.load_profile("hf_pearl")
+OPTIONAL_PACKAGES = ("hypothesis", "jupyter_core", "nbclient", "nbformat", "peft")
+MISSING = {name for name in OPTIONAL_PACKAGES if importlib.util.find_spec(name) is None}
+
+
+def imported(path: Path) -> set[str]:
+    """The packages that a test module imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+    names = [each.name for node in nodes if isinstance(node, ast.Import) for each in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
+
+
+collect_ignore = [path.name for path in sorted(Path(__file__).parent.glob("test_*.py")) if imported(path) & MISSING]
+
+if "hypothesis" not in MISSING:
+    import hypothesis
+
+    profile = {"deadline": None, "derandomize": False, "database": None, "print_blob": True}
+    hypothesis.settings.register_profile("hf_pearl", **profile)
+    hypothesis.settings.load_profile("hf_pearl")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -46,12 +67,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart() -> None:
     """Start now what starts once and then lives as long as the process, so that no module seems to have left it."""
     resource_tracker.ensure_running()
-    ensure_event_loop()  # nbclient's
+    if "jupyter_core" not in MISSING:
+        from jupyter_core.utils import ensure_event_loop
+
+        ensure_event_loop()  # nbclient's
 
 
 def pytest_report_header() -> str:
     """Say what a failing run needs to be repeated."""
-    return f"hf_pearl: HF_PEARL_SEED={BASE_SEED}" + (f" HF_PEARL_SHARD={SHARD}" if SHARD else "")
+    shard = f" HF_PEARL_SHARD={SHARD}" if SHARD else ""
+    without = f"; without {', '.join(sorted(MISSING))}: {len(collect_ignore)} modules left out" if MISSING else ""
+    return f"hf_pearl: HF_PEARL_SEED={BASE_SEED}{shard}{without}"
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from models import ARCHITECTURES, own_random_state, tiny_model
 
 from hf_pearl.benchmark import heavier as module
-from hf_pearl.benchmark.heavier import heavier
+from hf_pearl.benchmark.heavier import heavier, heavier_to
 from hf_pearl.benchmark.measurement import sharing_copy
 
 PADDED = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
@@ -65,6 +65,24 @@ def test_it_takes_so_many_times_the_work(times: float) -> None:
     widths = [layer.mlp.down_proj.in_features for layer in twin.model.layers]
     assert set(widths[:-1]) == {model.config.intermediate_size} < {*widths}
     assert len(widths) == twin.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(("num_layers", "num_weights"), [(3, 40_000), (9, 200_000)])
+def test_it_has_another_models_layers_and_weights(num_layers: int, num_weights: int, seed: int) -> None:
+    """Spread evenly over the layers that are added; its logits are the same, bit for bit."""
+    model, ids = tiny_model("llama", 3), random_ids(seed, 2, 9)
+    twin = heavier_to(model, num_layers, num_weights)
+    assert len(twin.model.layers) == twin.config.num_hidden_layers == num_layers
+    assert num_multiplications(twin) == pytest.approx(num_weights, rel=0.02)
+    assert len({layer.mlp.down_proj.in_features for layer in twin.model.layers[2:]}) == 1
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, twin(ids).logits)
+
+
+@pytest.mark.parametrize(("num_layers", "num_weights"), [(2, 40_000), (4, 20_000)])
+def test_a_smaller_model_to_resemble_is_refused(num_layers: int, num_weights: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot be made heavier to {num_layers} layers with {num_weights} weights"):
+        heavier_to(tiny_model("llama", 8), num_layers, num_weights)
 
 
 def test_added_work_is_no_multiplication_by_zero_alone() -> None:

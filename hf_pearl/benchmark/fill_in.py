@@ -19,6 +19,7 @@ from typing import Any
 
 from .cache_table import cache_table
 from .efficiency_table import efficiency_table
+from .gpu.tables import gpu_tables
 from .grid_tables import summary_table, titled_tables
 from .handover_table import handover_table
 from .markdown import markdown_table
@@ -59,6 +60,8 @@ def _table(saved: dict[str, Any]) -> str:
         return cache_table(saved)
     if "handovers" in saved:
         return handover_table(saved)
+    if "parts" in saved:
+        return gpu_tables(saved)
     if "efficiencies" in saved:
         return efficiency_table(saved)
     return sampling_table(saved) if "temperatures" in saved else markdown_table(saved)

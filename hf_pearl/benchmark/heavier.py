@@ -9,6 +9,7 @@ order in which its sums are taken, and with it their rounding.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -43,14 +44,43 @@ def heavier(model: PreTrainedModel, times: float) -> PreTrainedModel:
         raise ValueError(f"`times` must be a number from 1, got {times}.")
     if times == 1.0:
         return model
-    layers, twin = _layers(model), sharing_copy(model)
-    of_layer, of_column = _work(layers[0]), sum(_work(_linear(layers[0], f"mlp.{name}")) for name in MLP)
-    of_column //= _linear(layers[0], "mlp.down_proj").in_features
-    added = (times - 1.0) * (sum(map(_work, layers)) + model.get_output_embeddings().weight.numel())
+    layers = _layers(model)
+    of_layer, added = _work(layers[0]), (times - 1.0) * _step_work(model)
     num_layers = max(1, int(added // of_layer))
-    for index in range(num_layers):
+    columns = max(0, round((added - num_layers * of_layer) / _column_work(layers[0])))
+    return _with_layers(model, [0] * (num_layers - 1) + [columns])
+
+
+def heavier_to(model: PreTrainedModel, num_layers: int, num_weights: int) -> PreTrainedModel:
+    """The same with as many layers as another model, and as many weights that a step reads (the head's included).
+
+    A step then takes about as many launches and as much memory traffic as the other model's; what a layer does not
+    have of its work is in the MLPs of those that are added, evenly.
+
+    Raises
+    ------
+    ValueError
+        The other model is not larger.
+    NotImplementedError
+        As `heavier`.
+    """
+    layers = _layers(model)
+    num_added = num_layers - len(layers)
+    left = num_weights - _step_work(model) - num_added * _work(layers[0])
+    if num_added < 1 or left < 0:
+        raise ValueError(
+            f"{len(layers)} layers with {_step_work(model)} weights cannot be made heavier to {num_layers} layers with "
+            f"{num_weights} weights."
+        )
+    return _with_layers(model, [round(left / num_added / _column_work(layers[0]))] * num_added)
+
+
+def _with_layers(model: PreTrainedModel, columns: Sequence[int]) -> PreTrainedModel:
+    """A sharing copy with a layer more for each of `columns`, its MLP so many columns wider."""
+    layers, twin = _layers(model), sharing_copy(model)
+    for index, num_columns in enumerate(columns):
         _append_layer(twin, index % len(layers))
-    _widen(_layers(twin)[-1], max(0, round((added - num_layers * of_layer) / of_column)))
+        _widen(_layers(twin)[-1], num_columns)
     _check_same(model, twin)
     return twin
 
@@ -78,6 +108,17 @@ def _work(module: nn.Module) -> int:
     return sum(each.weight.numel() for each in module.modules() if isinstance(each, nn.Linear))
 
 
+def _step_work(model: PreTrainedModel) -> int:
+    """Multiplications per token in all layers and the head."""
+    return sum(map(_work, _layers(model))) + model.get_output_embeddings().weight.numel()
+
+
+def _column_work(layer: nn.Module) -> int:
+    """Multiplications per token that one column of a layer's MLP takes."""
+    work = sum(_work(_linear(layer, f"mlp.{name}")) for name in MLP)
+    return work // _linear(layer, "mlp.down_proj").in_features
+
+
 def _append_layer(model: PreTrainedModel, index: int) -> None:
     """Add a layer that computes as the one at `index` does, and nothing comes of it."""
     layers, config = _layers(model), model.config.get_text_config()
@@ -96,6 +137,8 @@ def _append_layer(model: PreTrainedModel, index: int) -> None:
 
 def _widen(layer: nn.Module, num_columns: int) -> None:
     """Give the MLP of a layer whose down-projection is zero more columns."""
+    if not num_columns:
+        return
     gate, up, down = (_linear(layer, f"mlp.{name}") for name in MLP)
     for linear in (gate, up):
         rows = torch.arange(linear.out_features + num_columns, device=linear.weight.device) % linear.out_features

@@ -1,0 +1,85 @@
+"""PEARL on one device beside plain and assisted generation.
+
+The pair is the embedded one, at its own acceptance, with the layers and the weights per step of real models. Its
+vocabulary stays as small as it is: what a larger one costs shows in the steps of the random models.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from ...enabling import disable, enable
+from ...pair import PROMPTS, load_demo_pair
+from ...registry import release
+from ..completion import Workload
+from ..heavier import heavier_to
+from ..measurement import measure
+from ..methods import DEMO, Method
+from .parts import Figures
+from .shapes import Shape, shape_step_weights
+
+NUM_CANDIDATES = 3  # of every method, its default included: trials take time
+WITHOUT_BATCHES = ("assisted",)  # what transformers refuses for more than one row
+
+
+class Size(NamedTuple):
+    """What a model is made to weigh: its layers, and the weights that a step reads."""
+
+    num_layers: int
+    num_weights: int
+
+    @classmethod
+    def of(cls, shape: Shape) -> Size:
+        """That of a model of this shape."""
+        return cls(shape.num_layers, shape_step_weights(shape))
+
+
+class Asked(NamedTuple):
+    """What is generated, and how often."""
+
+    batch_size: int
+    num_prompts: int
+    max_new_tokens: int
+    num_runs: int
+
+
+def measure_pair(
+    draft_size: Size, target_size: Size, asked: Asked, device: torch.device, dtype: torch.dtype
+) -> Figures:
+    """All methods on one workload, as `bench` measures them: in turns, each at its best setting, outputs compared."""
+    target, draft, tokenizer = load_demo_pair(device, dtype)
+    target, draft = heavier_to(target, *target_size), heavier_to(draft, *draft_size)
+    prompts = tuple(tokenizer(text, return_tensors="pt").input_ids.to(device) for text in texts(asked.num_prompts))
+    workload = Workload(target, draft, prompts, asked.max_new_tokens, batch_size=asked.batch_size)
+    enable(target)
+    try:
+        measurement = measure(workload, methods(asked.batch_size), asked.num_runs)
+    finally:
+        disable(target)
+        release(target)
+    return {"draft": describe(draft), "target": describe(target), **measurement.as_dict()}
+
+
+def methods(batch_size: int) -> list[Method]:
+    """Those of the demo, with fewer settings to try; for a batch, those that know batches, as they are."""
+    if batch_size > 1:
+        return [
+            replace(method, candidates=method.candidates[:1]) for method in DEMO if method.name not in WITHOUT_BATCHES
+        ]
+    return [replace(method, candidates=method.candidates[:NUM_CANDIDATES]) for method in DEMO]
+
+
+def texts(num_prompts: int) -> list[str]:
+    """Held-out prompts of the embedded pair, evenly spread."""
+    every = [json.loads(line)["turns"][0] for line in PROMPTS.read_text("utf-8").splitlines()]
+    return [every[index * len(every) // num_prompts] for index in range(num_prompts)]
+
+
+def describe(model: PreTrainedModel) -> Figures:
+    """What a model was made of."""
+    return {"num_layers": model.config.get_text_config().num_hidden_layers, "num_weights": model.num_parameters()}

@@ -1,0 +1,128 @@
+"""Steps of the two lanes of one model: a draft step over some guesses, a target forward over some tokens.
+
+Both are made as the engine makes them. A draft step is the draft lane's own, with its tree and its guesses, on requests
+whose guesses always stand; a target forward ends when the target's choices are known on the host.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel
+
+from ...cache import PagedPrefixCache
+from ...decoding.calibration import Calibration
+from ...decoding.drafting import Drafter
+from ...decoding.messages import Admission, TokenTree, Verdict, Window
+from ...decoding.proposal import Proposer
+from ...model_devices import input_device
+from ...parallel.lane import ModelLane, output_vocab_size
+from .observing import Observed, observe
+from .parts import Figures
+from .timing import seconds_of
+
+STEPS_PER_VERDICT, MAX_STOOD = 4, 4
+ROOM = 512  # positions behind the prompt
+
+Rows = Sequence[Sequence[int]]
+
+
+class WideDrafter(Drafter):
+    """Makes its steps as wide as they may be, whatever that costs."""
+
+    @property
+    def row_cost(self) -> float:
+        """Nothing."""
+        return 0.0
+
+
+def make_lane(model: PreTrainedModel) -> ModelLane:
+    """A lane as the engine makes it, with a cache of its own, in which nothing is found again."""
+    return ModelLane(model, PagedPrefixCache(model.config, device=input_device(model)), prefix_cache=False)
+
+
+def draft_steps(model: PreTrainedModel, rows: Rows, num_guesses: int, num_steps: int) -> Figures:
+    """Draft steps over so many guesses, of one request or more: their median time, in seconds, and how many there were.
+
+    Raises
+    ------
+    RuntimeError
+        No step was as wide: the model finds too few guesses likely.
+    """
+    lane = make_lane(model)
+    drafter = WideDrafter(
+        lane, Proposer(output_vocab_size(model), LogitsProcessorList()), Calibration(), max_width=num_guesses
+    )
+    verdicts = 0
+    with lane.ready():
+        for request_id, token_ids in enumerate(rows):
+            drafter.handle(Admission(request_id, tuple(token_ids), len(token_ids) + ROOM, 0, None))
+        while len(drafter.timeline) < num_steps and verdicts * MAX_STOOD < ROOM - MAX_STOOD:
+            for _ in range(STEPS_PER_VERDICT):
+                drafter.step()
+            verdicts += 1
+            for request_id in range(len(rows)):
+                drafter.handle(Verdict(request_id, verdicts, best_line(drafter.token_tree(request_id))))
+    wide = [step for step in drafter.timeline[STEPS_PER_VERDICT:] if step.num_guesses == num_guesses]
+    if not wide:
+        raise RuntimeError(f"none of {len(drafter.timeline)} draft steps went over {num_guesses} guesses")
+    seconds = statistics.median(step.ended - step.started for step in wide)
+    return {"requests": len(rows), "guesses": num_guesses, "seconds": seconds, "num_steps": len(wide)}
+
+
+def best_line(tree: TokenTree) -> tuple[int, ...]:
+    """The first guesses of a tree's likeliest line."""
+    line: list[int] = []
+    before = -1
+    for place, (token_id, parent) in enumerate(zip(tree.token_ids, tree.parents, strict=True)):
+        if parent == before and len(line) < MAX_STOOD:
+            line, before = [*line, token_id], place
+    return tuple(line)
+
+
+class TargetSteps:
+    """Target forwards over one window per row, each behind the same prompt; inside the lane's scope."""
+
+    def __init__(self, lane: ModelLane, rows: Rows) -> None:
+        self.lane = lane
+        self.rows = rows
+        for request_id, token_ids in enumerate(rows):
+            lane.admit(request_id, token_ids, len(token_ids) + ROOM)
+            lane.forward([Window(request_id, tuple(token_ids), 1)])
+
+    def step(self, num_tokens: int) -> list[int]:
+        """Verify `num_tokens` tokens of every row: the target's choice behind each of them. They are dropped again."""
+        windows = [
+            Window(request_id, tuple(token_ids[-num_tokens:]), num_tokens)
+            for request_id, token_ids in enumerate(self.rows)
+        ]
+        chosen: list[int] = self.lane.forward(windows).argmax(dim=-1).tolist()
+        for request_id, token_ids in enumerate(self.rows):
+            self.lane.rollback(request_id, len(token_ids))
+        return chosen
+
+
+def target_steps(
+    model: PreTrainedModel, rows: Rows, num_tokens: Sequence[int], num_runs: int
+) -> tuple[list[Figures], Observed]:
+    """Median seconds of target forwards over so many tokens a row; and what ran in the smallest of them."""
+    lane = make_lane(model)
+    device = lane.device
+    with lane.ready():
+        steps = TargetSteps(lane, rows)
+
+        def step(num: int) -> Callable[[], list[int]]:
+            return lambda: steps.step(num)
+
+        figures = [
+            {"rows": len(rows), "tokens": num, "seconds": seconds_of(step(num), device, num_runs)} for num in num_tokens
+        ]
+        return figures, observe(step(min(num_tokens)), device)
+
+
+def random_rows(num_rows: int, length: int, vocab_size: int) -> list[list[int]]:
+    """Prompts of random tokens, the same ones every time, no two alike."""
+    generator = torch.Generator().manual_seed(num_rows)
+    return torch.randint(1, vocab_size, (num_rows, length), generator=generator).tolist()

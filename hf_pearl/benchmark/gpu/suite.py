@@ -1,0 +1,199 @@
+"""Everything that is measured of the GPU path, in the order of its importance, and how long it may take.
+
+The same code runs on a CPU with tiny shapes (`QUICK`), where its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from .attention import Case, attention_figures
+from .models import Sizes, measure_model, measure_rival
+from .pairs import Asked, Size, measure_pair
+from .parts import Figures, Part, Results, needed, run_parts
+from .rivals import CONTINUOUS, STATIC
+from .shapes import QWEN3, Shape
+from .simulated import recorded, simulated_speed_ups
+from .timing import copy_bandwidth
+
+BANDWIDTH, ATTENTION = "copy bandwidth", "attention"
+
+
+class Model(NamedTuple):
+    """A shape, whether it drafts, and how long its part may take, in seconds."""
+
+    shape: Shape
+    is_draft: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured.
+
+    Attributes
+    ----------
+    copy_bytes : int
+        Of the tensor that is copied for the bandwidth; far more than the device caches.
+    models : mapping
+        By name, in the order of their importance; the names of `pairs` are among them.
+    pairs : sequence of tuple of str
+        Draft and target.
+    sizes : Sizes
+        What is measured of a model.
+    attention : sequence of Case
+        With the heads and the layers of the first pair's target.
+    asked : sequence of Asked
+        What the first pair generates.
+    traced : Asked
+        What the simulation's text is.
+    pair_sizes : tuple of Size
+        Of the first pair's draft and target, as they are made from the embedded ones.
+    haste : float
+        By which the times that parts may take are multiplied.
+    """
+
+    copy_bytes: int
+    models: Mapping[str, Model]
+    pairs: Sequence[tuple[str, str]]
+    sizes: Sizes
+    attention: Sequence[Case]
+    asked: Sequence[Asked]
+    traced: Asked
+    pair_sizes: Callable[[], tuple[Size, Size]]
+    haste: float = 1.0
+
+
+def _real_sizes() -> tuple[Size, Size]:
+    return Size.of(QWEN3["0.6B"]), Size.of(QWEN3["8B"])
+
+
+FULL = Extent(
+    copy_bytes=2**32,
+    models={
+        "0.6B": Model(QWEN3["0.6B"], True, 35.0),
+        "8B": Model(QWEN3["8B"], False, 40.0),
+        "32B": Model(QWEN3["32B"], False, 60.0),
+        "1.7B": Model(QWEN3["1.7B"], True, 35.0),
+    },
+    pairs=(("0.6B", "8B"), ("1.7B", "32B")),
+    sizes=Sizes(128, 32, (1, 8, 32), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32), (1, 4), num_steps=64, num_runs=3),
+    attention=(Case(1, 1024, 1), Case(1, 1024, 8), Case(1, 16_384, 1), Case(8, 2048, 1), Case(32, 1024, 4)),
+    asked=(Asked(1, 3, 64, 2), Asked(8, 8, 48, 1), Asked(32, 32, 48, 1)),
+    traced=Asked(1, 4, 64, 1),
+    pair_sizes=_real_sizes,
+)
+_TINY = Shape(2, 32, 48, 4, 2, True, head_dim=16, vocab_size=96)
+QUICK = Extent(
+    copy_bytes=2**20,
+    models={
+        "0.6B": Model(_TINY, True, 0.0),
+        "8B": Model(_TINY._replace(num_layers=3, ties_embeddings=False), False, 0.0),
+    },
+    pairs=(("0.6B", "8B"),),
+    sizes=Sizes(24, 4, (1, 3), (1, 4), (1, 4), (1, 2), num_steps=32, num_runs=1),
+    attention=(Case(1, 32, 1), Case(2, 20, 3)),
+    asked=(Asked(1, 1, 8, 1), Asked(2, 2, 8, 1)),
+    traced=Asked(1, 1, 16, 1),
+    pair_sizes=lambda: (Size(3, 2_000_000), Size(19, 9_000_000)),
+    haste=0.0,
+)
+
+
+def measure_gpu(
+    extent: Extent,
+    device: torch.device,
+    dtype: torch.dtype,
+    minutes: float,
+    save: Callable[[Figures], object],
+    say: Callable[[str], object],
+) -> Figures:
+    """Measure what fits into the time, and save after every part; see `run_parts`."""
+    parts = [part._replace(seconds=extent.haste * part.seconds) for part in gpu_parts(extent, device, dtype)]
+    return run_parts(parts, 60.0 * minutes, save, say)
+
+
+def model_name(name: str) -> str:
+    """The part of a model's steps."""
+    return f"steps, {name}"
+
+
+def pair_name(pair: tuple[str, str], batch_size: int) -> str:
+    """The part of a pair on one device."""
+    return f"pair {'/'.join(pair)}, batch {batch_size}"
+
+
+def simulated_name(pair: tuple[str, str]) -> str:
+    """The part of a pair on two devices and more."""
+    return f"simulated {'/'.join(pair)}"
+
+
+def gpu_parts(extent: Extent, device: torch.device, dtype: torch.dtype) -> Iterator[Part]:
+    """The parts, the most important first: what the goals are about, then the rest."""
+    yield Part(BANDWIDTH, 10.0, lambda _: {"bytes_per_second": copy_bandwidth(device, extent.copy_bytes, 10)})
+    first, *others = extent.pairs
+    for name in first:
+        yield _model_part(extent, name, device, dtype)
+    yield _pair_part(extent, extent.asked[0], device, dtype, 90.0)
+    yield _simulated_part(extent, first, device, dtype)
+    yield Part(ATTENTION, 30.0, partial(_attention, extent, device, dtype))
+    target = first[1]
+    yield _rival_part(extent, target, CONTINUOUS, device, dtype, 45.0)
+    yield _rival_part(extent, target, STATIC, device, dtype, 75.0)
+    for asked in extent.asked[1:]:
+        yield _pair_part(extent, asked, device, dtype, 40.0)
+    for pair in others:
+        for name in reversed(pair):
+            yield _model_part(extent, name, device, dtype)
+        yield _simulated_part(extent, pair, device, dtype)
+    yield _rival_part(extent, first[0], CONTINUOUS, device, dtype, 40.0)
+    yield _rival_part(extent, first[0], STATIC, device, dtype, 60.0)
+
+
+def _bandwidth(results: Results) -> float:
+    return float(needed(results, BANDWIDTH)["bytes_per_second"])
+
+
+def _model_part(extent: Extent, name: str, device: torch.device, dtype: torch.dtype) -> Part:
+    model = extent.models[name]
+
+    def measure(results: Results) -> Figures:
+        return measure_model(model.shape, model.is_draft, extent.sizes, device, dtype, _bandwidth(results))
+
+    return Part(model_name(name), model.seconds, measure)
+
+
+def _rival_part(
+    extent: Extent, name: str, method: str, device: torch.device, dtype: torch.dtype, seconds: float
+) -> Part:
+    def measure(_: Results) -> Figures:
+        return {"model": name, **measure_rival(extent.models[name].shape, method, extent.sizes, device, dtype)}
+
+    return Part(f"{method}, {name}", seconds, measure)
+
+
+def _pair_part(extent: Extent, asked: Asked, device: torch.device, dtype: torch.dtype, seconds: float) -> Part:
+    def measure(_: Results) -> Figures:
+        return measure_pair(*extent.pair_sizes(), asked, device, dtype)
+
+    return Part(pair_name(extent.pairs[0], asked.batch_size), seconds, measure)
+
+
+def _simulated_part(extent: Extent, pair: tuple[str, str], device: torch.device, dtype: torch.dtype) -> Part:
+    def measure(results: Results) -> Figures:
+        draft, target = (needed(results, model_name(name)) for name in pair)
+        traces = recorded(extent.traced.num_prompts, extent.traced.max_new_tokens, device, dtype)
+        return {"simulated": simulated_speed_ups(traces, draft, target)}
+
+    return Part(simulated_name(pair), 30.0, measure)
+
+
+def _attention(extent: Extent, device: torch.device, dtype: torch.dtype, results: Results) -> Figures:
+    shape, bandwidth = extent.models[extent.pairs[0][1]].shape, _bandwidth(results)
+    num_runs = extent.sizes.num_runs
+    return {"cases": [attention_figures(shape, case, device, dtype, bandwidth, num_runs) for case in extent.attention]}

@@ -1,0 +1,302 @@
+"""`bench --suite h200` on the CPU with tiny models, by the same code: its time, its failures, its goals, its tables."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import command_in_process
+
+from hf_pearl.__main__ import main
+from hf_pearl.benchmark.fill_in import filled_in
+from hf_pearl.benchmark.gpu import FULL, QUICK, Part, gpu_tables, run_parts
+from hf_pearl.benchmark.gpu.goals import goals
+from hf_pearl.benchmark.gpu.observing import attention_among
+from hf_pearl.benchmark.gpu.parts import needed
+from hf_pearl.benchmark.gpu.shapes import QWEN3, Shape, random_model, shape_step_weights, step_weights
+from hf_pearl.benchmark.gpu.simulated import between, spread_over
+from hf_pearl.benchmark.gpu.steps import best_line
+from hf_pearl.benchmark.gpu.suite import gpu_parts, measure_gpu
+from hf_pearl.decoding.messages import TokenTree
+
+CPU = torch.device("cpu")
+ALL_PARTS = [
+    "copy bandwidth",
+    "steps, 0.6B",
+    "steps, 8B",
+    "pair 0.6B/8B, batch 1",
+    "simulated 0.6B/8B",
+    "attention",
+    "continuous batching, 8B",
+    "static cache, compiled, 8B",
+    "pair 0.6B/8B, batch 8",
+    "pair 0.6B/8B, batch 32",
+    "steps, 32B",
+    "steps, 1.7B",
+    "simulated 1.7B/32B",
+    "continuous batching, 0.6B",
+    "static cache, compiled, 0.6B",
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the command has written; it ran without a failure."""
+    file = tmp_path_factory.mktemp("gpu") / "h200.json"
+    with command_in_process():
+        assert main(["bench", "--suite", "h200", "--quick", "--device", "cpu", "--json", str(file)]) == 0
+    figures: dict[str, Any] = json.loads(file.read_text())
+    return figures
+
+
+@pytest.fixture
+def own_process() -> Iterator[None]:
+    with command_in_process():
+        yield
+
+
+class Time:
+    """A clock that only parts move on."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def part(self, name: str, said: float, taken: float | None = None, error: Exception | None = None) -> Part:
+        """A part that takes `taken` seconds, whatever it said."""
+
+        def measure(results: Any) -> dict[str, Any]:
+            self.now += said if taken is None else taken
+            if error is not None:
+                raise error
+            return {"before": list(results)}
+
+        return Part(name, said, measure)
+
+
+def run(time: Time, *parts: Part, seconds: float = 60.0) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+    """What was found, everything that was saved, and everything that was said."""
+    saves: list[dict[str, Any]] = []
+    said: list[str] = []
+    found = run_parts(parts, seconds, lambda known: saves.append(copy.deepcopy(known)), said.append, time)
+    return found, saves, said
+
+
+# -- parts under a clock of the test's ------------------------------------------------------------------------------
+
+
+def test_nothing_begins_that_would_end_too_late() -> None:
+    time = Time()
+    parts = time.part("a", 30), time.part("long", 40), time.part("b", 20, 25), time.part("c", 10), time.part("d", 5)
+    found, saves, said = run(time, *parts)
+    assert list(found["parts"]) == ["a", "b", "d"]
+    assert time.now == 160.0
+    assert found["left_out"] == {
+        "long": "no time: it may take 40 s, and 30 s were left",
+        "c": "no time: it may take 10 s, and 5 s were left",
+    }
+    assert [each["seconds"] for each in found["parts"].values()] == [30, 25, 5]
+    assert said[0] == "a (60 s left)" and said[1].startswith("long: no time")
+    assert [len(known["parts"]) for known in saves] == [1, 1, 2, 2, 3]
+
+
+def test_a_part_that_fails_is_noted_and_the_next_ones_run() -> None:
+    time = Time()
+    broken = time.part("broken", 1, error=torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"))
+    found, saves, said = run(time, time.part("a", 1), broken, time.part("b", 1))
+    assert found["failed"] == {"broken": "OutOfMemoryError: CUDA out of memory."}
+    assert found["parts"]["b"]["before"] == ["a"]
+    assert "broken" in saves[1]["failed"] and "b" not in saves[1]["parts"]
+    assert said[2] == "broken: OutOfMemoryError: CUDA out of memory."
+
+
+def test_what_was_measured_before_an_interrupt_is_saved() -> None:
+    time, saves = Time(), []
+
+    def interrupt(results: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        parts = [time.part("a", 1), Part("b", 1.0, interrupt)]
+        run_parts(parts, 60.0, lambda known: saves.append(copy.deepcopy(known)), str, time)
+    assert [list(known["parts"]) for known in saves] == [["a"]]
+
+
+def test_a_part_says_which_other_one_it_needs() -> None:
+    part = Part("b", 1.0, lambda results: needed(results, "a"))
+    found, _, _ = run(Time(), part)
+    assert found["failed"] == {"b": "NotMeasured: needs 'a', which was not measured"}
+
+
+# -- the suite ------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_goals_are_about_comes_first() -> None:
+    names = [part.name for part in gpu_parts(FULL, CPU, torch.bfloat16)]
+    assert names == ALL_PARTS
+    assert {name for pair in FULL.pairs for name in pair} == FULL.models.keys() == QWEN3.keys()
+
+
+def test_every_part_runs_and_is_saved(saved: dict[str, Any]) -> None:
+    assert list(saved["parts"]) == [part.name for part in gpu_parts(QUICK, CPU, torch.bfloat16)]
+    assert saved["failed"] == saved["left_out"] == {}
+    assert saved["is_quick"] is True and saved["dtype"] == "bfloat16" and saved["minutes"] == 7.0
+    assert {"torch", "transformers"} <= saved["versions"].keys()
+    assert saved["command"].startswith("python -m hf_pearl") and saved["machine"]["num_cores"] > 0
+
+
+def test_steps_are_measured_at_every_size(saved: dict[str, Any]) -> None:
+    draft, target = saved["parts"]["steps, 0.6B"], saved["parts"]["steps, 8B"]
+    assert [(each["requests"], each["guesses"]) for each in draft["draft_steps"]] == [(1, 1), (1, 4), (3, 3)]
+    assert all(each["num_steps"] > 3 and each["seconds"] > 0 for each in draft["draft_steps"])
+    assert target["draft_steps"] == []
+    assert [(each["rows"], each["tokens"]) for each in target["target_steps"]] == [(1, 1), (1, 4), (3, 1), (3, 2)]
+    methods = [(each["method"], each["rows"]) for each in target["token_seconds"]]
+    assert methods == [("generate", 1), ("engine", 1), ("generate", 3), ("engine", 3)]
+    bandwidth = saved["parts"]["copy bandwidth"]["bytes_per_second"]
+    assert target["bound_seconds"] == target["weight_bytes"] / bandwidth
+    assert target["observed"] == {"attention": "sdpa", "uses_graphs": False, "device_seconds": None}
+
+
+def test_rivals_are_measured(saved: dict[str, Any]) -> None:
+    batched, compiled = (saved["parts"][f"{name}, 8B"] for name in ("continuous batching", "static cache, compiled"))
+    assert [each["rows"] for each in batched["token_seconds"]] == [1, 3]
+    assert [each["rows"] for each in compiled["token_seconds"]] == [1]
+    assert all(each["seconds"] > 0 for part in (batched, compiled) for each in part["token_seconds"])
+
+
+def test_attention_is_measured_beside_sdpa_and_its_bound(saved: dict[str, Any]) -> None:
+    cases = saved["parts"]["attention"]["cases"]
+    assert [(each["num_rows"], each["context"], each["num_new"]) for each in cases] == list(QUICK.attention)
+    assert all(each["attention"] == "sdpa" and each["paged_device_seconds"] is None for each in cases)
+    assert all(each[f"{name}_seconds"] > 0 for each in cases for name in ("paged", "sdpa", "bound"))
+
+
+def test_pairs_give_the_same_output_by_every_method(saved: dict[str, Any]) -> None:
+    for batch_size, names in ((1, {"generate", "assisted"}), (2, {"generate"})):
+        part = saved["parts"][f"pair 0.6B/8B, batch {batch_size}"]
+        assert part["first_differences"] == part["near_ties"]
+        assert {each["name"] for each in part["methods"]} == names | {"engine", "speculative", "pearl"}
+        assert (part["target"]["num_layers"], part["draft"]["num_layers"]) == (19, 3)
+        assert part["target"]["num_weights"] == pytest.approx(9_000_000, rel=1e-3)
+        assert part["workload"]["batch_size"] == batch_size
+
+
+def test_more_gpus_are_simulated_and_marked_so(saved: dict[str, Any]) -> None:
+    simulated = saved["parts"]["simulated 0.6B/8B"]["simulated"]
+    assert [(each["is_simulated"], each["gpus"]) for each in simulated] == [(True, 2), (True, 3), (True, 5)]
+    assert all(each["over_generate"]["bound"] >= 0.99 * each["over_generate"]["pearl"] > 0 for each in simulated)
+
+
+def test_the_tables_show_all_of_it(saved: dict[str, Any], tmp_path: Path) -> None:
+    text = gpu_tables(saved)
+    assert "these figures mean nothing" in text and "**Goals**" not in text
+    for title in ("Steps", "What ran", "One model", "Attention, µs a layer", "Simulated: over `generate`"):
+        assert f"**{title}**" in text
+    assert "Pair 0.6B/8B, batch 2" in text and "continuous batching" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) > 40 and not any("None" in row or "nan" in row for row in rows)
+    (tmp_path / "h200.json").write_text(json.dumps(saved))
+    document = "<!-- table: h200.json -->\n\n<!-- end -->"
+    assert text in filled_in(document, tmp_path)
+
+
+def test_a_run_that_measured_nothing_has_its_tables_too() -> None:
+    said: list[str] = []
+    found = measure_gpu(FULL, CPU, torch.bfloat16, 0.1, str, said.append)
+    assert found["parts"] == found["failed"] == {} and list(found["left_out"]) == ALL_PARTS
+    assert len(said) == len(ALL_PARTS)
+    text = gpu_tables({**found, "is_quick": False})
+    assert text.count("| not measured | - |") == 4 and "**Left out**" in text
+
+
+# -- its pieces -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slower", "expected"), [(1.0, [True] * 4), (1.3, [False] * 4)], ids=["at the limits", "beyond them"]
+)
+def test_goals_are_met_up_to_their_limits(slower: float, expected: list[bool]) -> None:
+    bound = 1e-3
+    draft = {"bound_seconds": bound, "draft_steps": [_step(1, 0.5e-3), _step(8, slower * 1.699e-3)]}
+    draft["draft_steps"].append({**_step(32, 1.0), "requests": 32})
+    target = {"bound_seconds": bound, "target_steps": [{"rows": 1, "tokens": 1, "seconds": slower * 1.249e-3}]}
+    rates = {"generate": 10.0, "assisted": 16.0, "pearl": 50.1 / slower}
+    pair = {"methods": [{"name": name, "tokens_per_second": rate} for name, rate in rates.items()]}
+    parts = {"steps, 0.6B": draft, "steps, 8B": target, "pair 0.6B/8B, batch 1": pair}
+    assert [goal.is_met for goal in goals({"parts": parts})] == expected
+    assert [goal.is_met for goal in goals({"parts": {}})] == [None] * 4
+
+
+def _step(num_guesses: int, seconds: float) -> dict[str, Any]:
+    return {"requests": 1, "guesses": num_guesses, "seconds": seconds}
+
+
+def test_times_between_measured_ones_lie_on_lines() -> None:
+    at = between([(4, 7.0), (1, 1.0), (2, 3.0)])
+    assert [at(size) for size in (1, 2, 3, 4, 6)] == [1.0, 3.0, 5.0, 7.0, 11.0]
+    assert between([(1, 2.0)])(9) == 2.0
+    falling = between([(1, 2.0), (2, 1.0)])
+    assert falling(10) == 1.0
+
+
+def test_more_gpus_read_weights_in_less_time_and_nothing_else() -> None:
+    assert spread_over(1, lambda _: 10.0, 8.0)(1) == 10.0
+    assert spread_over(2, lambda _: 10.0, 8.0)(1) == 6.0
+    assert spread_over(2, lambda _: 4.0, 8.0)(1) == 2.0
+
+
+@pytest.mark.parametrize(("name", "billions"), [("0.6B", 0.596), ("1.7B", 1.721), ("8B", 7.568), ("32B", 31.984)])
+def test_shapes_weigh_what_the_models_do(name: str, billions: float) -> None:
+    """All parameters as published (0.596, 1.721, 8.191, 32.762 billion), without an embedding that is not the head."""
+    assert shape_step_weights(QWEN3[name]) == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+def test_a_random_model_has_likely_tokens() -> None:
+    shape = Shape(2, 64, 96, 4, 2, True, head_dim=16, vocab_size=5000)
+    model = random_model(shape, CPU, torch.float32)
+    assert step_weights(model) == shape_step_weights(shape)
+    with torch.no_grad():
+        chances = model(torch.arange(64)[None]).logits[0].softmax(dim=-1).amax(dim=-1)
+    assert 0.1 < chances.mean() < 0.9
+
+
+@pytest.mark.parametrize(
+    ("names", "attention"),
+    [
+        (["aten::mm", "paged_attention_kernel", "aten::scaled_dot_product_attention"], "triton"),
+        (["aten::scaled_dot_product_attention", "void pytorch_flash::flash_fwd_kernel<...>"], "sdpa"),
+        (["void flash_fwd_splitkv_kernel<...>"], "flash_attn"),
+        (["aten::mm"], "unknown"),
+    ],
+)
+def test_attention_is_told_by_what_ran(names: list[str], attention: str) -> None:
+    assert attention_among(names) == attention
+
+
+def test_the_likeliest_line_follows_the_first_child_of_each_guess() -> None:
+    tree = TokenTree(0, 0, 0, 10, (5, 6, 7, 8, 9), (-1, 0, -1, 1, 3), (0.9, 0.8, 0.1, 0.7, 0.6))
+    assert best_line(tree) == (5, 6, 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "cpu"), "add --quick"),
+        (("--quick", "--device", "cpu", "--draft", "x"), "no options of --suite h200"),
+        (("--quick", "--device", "cpu", "--minutes", "0"), "must be a number from 1"),
+        (("--quick", "--device", "cpu", "--batch-size", "2"), "--batch-size is an option of --suite generation"),
+    ],
+)
+def test_options_that_cannot_be_followed_are_refused(
+    options: tuple[str, ...], message: str, own_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "--suite", "h200", *options])
+    assert message in capsys.readouterr().err
