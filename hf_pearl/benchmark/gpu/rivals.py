@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from ... import compat
 from ...config import PearlConfig
@@ -22,6 +22,7 @@ from .steps import Rows
 from .timing import seconds_of
 
 GENERATE, ENGINE, STATIC, CONTINUOUS = "generate", "engine", "static cache, compiled", "continuous batching"
+BLOCKS_PER_ROW = 8  # of 256 tokens, in continuous batching
 COMPILED_WARM_UPS = 3  # A compiled forward is recorded as a CUDA graph in its second run.
 
 
@@ -66,8 +67,14 @@ def _in_continuous_batch(model: PreTrainedModel, rows: Rows, num_new_tokens: int
     config = GenerationConfig(
         max_new_tokens=num_new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=model.config.pad_token_id
     )
+    # By default its cache takes nearly all of the memory, and a CPU long to clear it; so many blocks are plenty.
+    sizes = ContinuousBatchingConfig(num_blocks=BLOCKS_PER_ROW * len(rows), max_batch_tokens=len(rows) * len(rows[0]))
     outputs = model.generate_batch(
-        [list(row) for row in rows], generation_config=config, record_timestamps=True, progress_bar=False
+        [list(row) for row in rows],
+        generation_config=config,
+        continuous_batching_config=sizes,
+        record_timestamps=True,
+        progress_bar=False,
     )
     done = [each for each in outputs.values() if len(each.generated_tokens) == num_new_tokens]
     if len(done) < len(rows):

@@ -44,6 +44,8 @@ class Extent:
         By name, in the order of their importance; the names of `pairs` are among them.
     pairs : sequence of tuple of str
         Draft and target.
+    rivals : sequence of str
+        Models that transformers' other ways decode.
     sizes : Sizes
         What is measured of a model.
     attention : sequence of Case
@@ -61,6 +63,7 @@ class Extent:
     copy_bytes: int
     models: Mapping[str, Model]
     pairs: Sequence[tuple[str, str]]
+    rivals: Sequence[str]
     sizes: Sizes
     attention: Sequence[Case]
     asked: Sequence[Asked]
@@ -82,6 +85,7 @@ FULL = Extent(
         "1.7B": Model(QWEN3["1.7B"], True, 35.0),
     },
     pairs=(("0.6B", "8B"), ("1.7B", "32B")),
+    rivals=("8B", "0.6B"),
     sizes=Sizes(128, 32, (1, 8, 32), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32), (1, 4), num_steps=64, num_runs=3),
     attention=(Case(1, 1024, 1), Case(1, 1024, 8), Case(1, 16_384, 1), Case(8, 2048, 1), Case(32, 1024, 4)),
     asked=(Asked(1, 3, 64, 2), Asked(8, 8, 48, 1), Asked(32, 32, 48, 1)),
@@ -96,6 +100,7 @@ QUICK = Extent(
         "8B": Model(_TINY._replace(num_layers=3, ties_embeddings=False), False, 0.0),
     },
     pairs=(("0.6B", "8B"),),
+    rivals=("8B",),
     sizes=Sizes(24, 4, (1, 3), (1, 4), (1, 4), (1, 2), num_steps=32, num_runs=1),
     attention=(Case(1, 32, 1), Case(2, 20, 3)),
     asked=(Asked(1, 1, 8, 1), Asked(2, 2, 8, 1)),
@@ -142,17 +147,14 @@ def gpu_parts(extent: Extent, device: torch.device, dtype: torch.dtype) -> Itera
     yield _pair_part(extent, extent.asked[0], device, dtype, 90.0)
     yield _simulated_part(extent, first, device, dtype)
     yield Part(ATTENTION, 30.0, partial(_attention, extent, device, dtype))
-    target = first[1]
-    yield _rival_part(extent, target, CONTINUOUS, device, dtype, 45.0)
-    yield _rival_part(extent, target, STATIC, device, dtype, 75.0)
+    yield from _rival_parts(extent, extent.rivals[:1], device, dtype)
     for asked in extent.asked[1:]:
         yield _pair_part(extent, asked, device, dtype, 40.0)
     for pair in others:
         for name in reversed(pair):
             yield _model_part(extent, name, device, dtype)
         yield _simulated_part(extent, pair, device, dtype)
-    yield _rival_part(extent, first[0], CONTINUOUS, device, dtype, 40.0)
-    yield _rival_part(extent, first[0], STATIC, device, dtype, 60.0)
+    yield from _rival_parts(extent, extent.rivals[1:], device, dtype)
 
 
 def _bandwidth(results: Results) -> float:
@@ -168,13 +170,13 @@ def _model_part(extent: Extent, name: str, device: torch.device, dtype: torch.dt
     return Part(model_name(name), model.seconds, measure)
 
 
-def _rival_part(
-    extent: Extent, name: str, method: str, device: torch.device, dtype: torch.dtype, seconds: float
-) -> Part:
-    def measure(_: Results) -> Figures:
+def _rival_parts(extent: Extent, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Iterator[Part]:
+    def measure(name: str, method: str, _: Results) -> Figures:
         return {"model": name, **measure_rival(extent.models[name].shape, method, extent.sizes, device, dtype)}
 
-    return Part(f"{method}, {name}", seconds, measure)
+    for name in names:
+        for method, seconds in ((CONTINUOUS, 45.0), (STATIC, 75.0)):
+            yield Part(f"{method}, {name}", seconds, partial(measure, name, method))
 
 
 def _pair_part(extent: Extent, asked: Asked, device: torch.device, dtype: torch.dtype, seconds: float) -> Part:
