@@ -75,8 +75,11 @@ def reference(target: PreTrainedModel, inputs: dict[str, torch.Tensor], num_toke
 def answer(
     pair: Pair, inputs: dict[str, torch.Tensor], execution: str, num_tokens: int = NUM_TOKENS, **options: Any
 ) -> tuple[torch.Tensor, Any]:
-    """Our tokens, greedy unless `options` say otherwise, and the statistics."""
-    config = PearlConfig(execution=execution, seed=7)
+    """Our tokens, greedy unless `options` say otherwise, and the statistics.
+
+    Inline in lockstep, which follows no clock; in threads with all that is automatic.
+    """
+    config = PearlConfig(execution=execution, draft_length=4 if execution == "inline" else "auto", seed=7)
     output = pair[0].generate(
         **inputs,
         **({"do_sample": False} | options),
