@@ -37,6 +37,7 @@ from .parallel.inline import InlineDraft
 from .parallel.lane import ModelLane, output_vocab_size
 from .parallel.memory import cache_share
 from .parallel.probe import check_computed
+from .parallel.tensor_parallel import num_key_value_heads
 from .parallel.threads import ThreadDraft
 
 logger = logging.get_logger(__name__)
@@ -250,7 +251,7 @@ class PearlEngine:
         for model in models.values():
             check_supported(model)
             check_computed(model)
-        needs = [CacheNeeds.of(model, config.eight_bit_cache) for model in models.values()]
+        needs = [CacheNeeds.of(model, config.eight_bit_cache, num_key_value_heads(model)) for model in models.values()]
         num_blocks = num_blocks_for(
             needs, config.cache_bytes, lambda device: self._share(device, list(models.values()))
         )

@@ -29,18 +29,21 @@ class CacheNeeds(NamedTuple):
         The model's.
     eight_bit : bool
         Whether they are: a byte a value, and a float32 scale per token and head.
+    num_heads : int, optional
+        Key-value heads of a layer here, where the model is a part of the configured one.
     """
 
     config: PreTrainedConfig
     dtype: torch.dtype
     device: torch.device
     eight_bit: bool = False
+    num_heads: int | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, eight_bit: bool = False) -> CacheNeeds:
+    def of(cls, model: PreTrainedModel, eight_bit: bool = False, num_heads: int | None = None) -> CacheNeeds:
         """Those of a model."""
         weight = model.get_input_embeddings().weight
-        return cls(model.config, weight.dtype, weight.device, eight_bit)
+        return cls(model.config, weight.dtype, weight.device, eight_bit, num_heads)
 
     def bytes_per_block(self, block_size: int = DEFAULT_BLOCK_SIZE) -> int:
         """Bytes of keys and values that one block of every layer takes."""
@@ -53,6 +56,7 @@ class CacheNeeds(NamedTuple):
             key_dim, value_dim = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
         elif getattr(config, "multi_query", False):
             num_heads = 1
+        num_heads = self.num_heads or num_heads
         per_head = sum(dim + 4 if self.eight_bit else dim * self.dtype.itemsize for dim in (key_dim, value_dim))
         return config.num_hidden_layers * num_heads * per_head * block_size
 
