@@ -42,7 +42,7 @@ def load_shard(
     name : str or Path
         A folder with weights in safetensors, in one file or several with an index, or a model on the Hub.
     rank, size, all_reduce, all_gather
-        As in `shard`. With size 1 the model is a whole one, of plain modules.
+        As in `shard`. With size 1 the model is what `from_pretrained` loads.
     dtype : torch.dtype, optional
         Of the weights; by default as the model's configuration says.
     device : torch.device or str
@@ -65,18 +65,21 @@ def load_shard(
         As in `shard`, or the weights are quantised.
     """
     check_rank(rank, size)
+    if size == 1:
+        whole = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype or "auto")
+        return whole.to(device).eval()
     folder = find_folder(name, revision)
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None):
-        raise PearlUnsupportedModelError(f"the weights in {folder} are quantised. Load them with `from_pretrained`.")
+        raise PearlUnsupportedModelError(f"the weights in {folder} are quantised. Load them whole (size 1).")
     model = _without_memory(config, dtype)
-    plan = make_plan(model, rank, size) if size > 1 else None
+    plan = make_plan(model, rank, size)
     compute_buffers(model, torch.device(device))
     with Checkpoint(folder, model.base_model_prefix) as checkpoint:
         _load(model, plan, checkpoint, torch.device(device))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model if plan is None else make_part(model, plan, rank, size, all_reduce, all_gather)
+    return make_part(model, plan, rank, size, all_reduce, all_gather)
 
 
 def _without_memory(config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -86,12 +89,11 @@ def _without_memory(config: PreTrainedConfig, dtype: torch.dtype | None) -> PreT
     return model.eval()
 
 
-def _load(model: PreTrainedModel, plan: Plan | None, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Read the weights of a model without memory, or this rank's part of them."""
-    cuts = {} if plan is None else plan.cuts
+def _load(model: PreTrainedModel, plan: Plan, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Give a model without memory this rank's part of the weights."""
 
     def local(names: list[str], whole: nn.Parameter) -> torch.Tensor:
-        cut = cuts.get(names[0], Cut(0, (Piece(0, whole.shape[0], whole.shape[0]),)))
+        cut = plan.cuts.get(names[0], Cut(0, (Piece(0, whole.shape[0], whole.shape[0]),)))
         parts = []
         for found in filter(None, map(checkpoint.find, names)):
             slices = checkpoint.open(found, whole.shape)
