@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import FAMILIES, build
+from architectures import FAMILIES, Family, build
 from models import enabled_for_tiny_models
 from ranks import Ranks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -30,7 +30,7 @@ from hf_pearl.parallel.inference import may_use_inference_mode
 from hf_pearl.parallel.lane import ModelLane
 from hf_pearl.parallel.tensor_parallel import checkpoint, load_shard, num_key_value_heads, part_of, shard
 from hf_pearl.parallel.tensor_parallel.cuts import HeadLayout
-from hf_pearl.parallel.tensor_parallel.plan import make_plan
+from hf_pearl.parallel.tensor_parallel.plan import TESTED_FAMILIES, make_plan
 
 TOLERANCE = 1e-12
 SIZES = (2, 3, 6, 7)
@@ -228,6 +228,14 @@ def test_a_part_is_fit_for_a_lane() -> None:
     assert before == fingerprint(models[-1])
     models[-1].lm_head.weight.mul_(1)
     assert before != fingerprint(models[-1])
+
+
+def test_a_family_that_no_test_compares_is_refused() -> None:
+    """Seed-OSS would be cut rightly, as it happens; who reads only its plan cannot know."""
+    model = build(Family("seed_oss", {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}))
+    with pytest.raises(PearlUnsupportedModelError, match="no test"):
+        Ranks(2).part(model, 0)
+    assert {FAMILIES[name].model_type for name in SHARDED} == TESTED_FAMILIES
 
 
 @pytest.mark.parametrize("name", REFUSED)

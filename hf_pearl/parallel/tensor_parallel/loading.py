@@ -35,7 +35,7 @@ def load_shard(
     """Load a rank's part of a causal language model: what `shard` would make of it, bit for bit.
 
     The model is built without memory, and of every weight only the rank's slice is read. A rank thus needs the memory
-    of its part, and, while it loads, that of one more slice in the dtype of the file.
+    of its part, and, while it loads, at most that of one more slice in the dtype of the file.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
 The plan names linear layers: of those that are "colwise" a rank has some outputs, of the "rowwise" ones behind them the
 inputs that go with these. It does not say where heads begin, so that it is read layer by layer (`layers.py`). Whatever
-is not understood is refused, and so is a model of which the plan leaves matrices whole.
+is not understood is refused, and so is a model of which the plan leaves matrices whole, or that no test compares.
 """
 
 from __future__ import annotations
@@ -17,6 +17,30 @@ from ...errors import PearlUnsupportedModelError
 from .cuts import Cut, HeadLayout, Piece, even_piece
 from .layers import PACKED, cut_layer
 
+# Families whose parts tests compare with the whole (docs/models.md).
+TESTED_FAMILIES = frozenset(
+    {
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm4",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "starcoder2",
+    }
+)
 # Packed projections and what follows them are whole in transformers' plan, since cutting them in two would mix what is
 # packed. Here every one of what is packed is cut by itself.
 _STYLES_OF_PACKED = frozenset({"colwise_gather_output", "rowwise_split_input"})
@@ -83,6 +107,8 @@ def make_plan(model: PreTrainedModel, rank: int, size: int) -> Plan:
         if cut.layout is not None:
             plan.layouts[name] = cut.layout
     _check_nothing_is_left(model, plan)
+    if model.config.model_type not in TESTED_FAMILIES:
+        raise unsupported(model, "no test has compared parts of such models with the whole")
     return plan
 
 
@@ -118,7 +144,8 @@ def _planned_layers(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, s
         if style == _WHOLE or name in (plan.embeddings, plan.head):
             continue
         parent, _, child = name.rpartition(".")
-        if style not in {"colwise", "rowwise", *_STYLES_OF_PACKED}:
+        is_mixed = child in PACKED and style == "colwise"  # CodeGen packs in an order of its own
+        if is_mixed or style not in {"colwise", "rowwise", *_STYLES_OF_PACKED}:
             raise unsupported(model, f"{name!r} is {style!r} in its plan")
         if type(module) is not nn.Linear:
             raise unsupported(model, f"{name!r} is a {type(module).__name__}, not a plain Linear")
