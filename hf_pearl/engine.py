@@ -38,6 +38,7 @@ from .parallel.inline import InlineDraft
 from .parallel.lane import ModelLane, output_vocab_size
 from .parallel.memory import cache_share
 from .parallel.probe import check_computed
+from .parallel.tensor_parallel import num_key_value_heads
 from .parallel.threads import ThreadDraft
 
 logger = logging.get_logger(__name__)
@@ -260,7 +261,11 @@ class PearlEngine:
         for model in models.values():
             check_supported(model)
             check_computed(model)
-        needs = [need for model in models.values() for need in CacheNeeds.by_device(model, config.eight_bit_cache)]
+        needs = [
+            need
+            for model in models.values()
+            for need in CacheNeeds.by_device(model, config.eight_bit_cache, num_key_value_heads(model))
+        ]
         num_blocks = num_blocks_for(
             needs, config.cache_bytes, lambda device: self._share(device, list(models.values()))
         )
