@@ -30,6 +30,7 @@ from .decoding.rules import Rules
 from .decoding.stats import PearlStats, overlap
 from .decoding.verification import Verifier
 from .fingerprint import fingerprint
+from .interrupts import KeptInterrupts
 from .learnt import Learnt, Runner
 from .model_devices import input_device, share_hooks
 from .parallel.cores import SharedCores, leaving_cores
@@ -96,10 +97,12 @@ class PearlEngine:
             requests = self._requests(target, prompts, rules, call_seed)
             target_lane = ModelLane(target, cache, config.prefix_cache, config.cache_salt)
             with (
+                KeptInterrupts() as interrupts,
                 self._sound_caches(),
                 target_lane.ready(),
                 leaving_cores() as cores,
-                self._draft(target_lane, draft, requests, rules, config, stats, cores) as runner,
+                self._draft(target_lane, draft, requests, rules, config, stats, cores, interrupts) as runner,
+                interrupts.let_through(),
             ):
                 rejects = rules.do_sample and config.verification == "rejection"
                 sampler = RejectionSampler(requests, target_lane.device) if rejects else None
@@ -118,10 +121,10 @@ class PearlEngine:
 
     @contextmanager
     def _sound_caches(self) -> Iterator[None]:
-        """Begin the caches anew after an interrupt: it may have come while blocks changed hands."""
+        """Begin the caches anew after what may have come while blocks changed hands."""
         try:
             yield
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, MemoryError):
             for cache in self.caches.values():
                 cache.start_anew()
             raise
@@ -177,6 +180,7 @@ class PearlEngine:
         config: PearlConfig,
         stats: PearlStats,
         cores: SharedCores,
+        interrupts: KeptInterrupts,
     ) -> Iterator[Runner | None]:
         """The draft lane of a call, with every request admitted; ended in whatever state it is."""
         if draft is None:
@@ -187,15 +191,23 @@ class PearlEngine:
         stats.execution = execution = _for_hooks(execution, config, target_lane.model, draft)
         vocab_size = output_vocab_size(target_lane.model)
         cores.leave(1 if execution == "processes" else 0)
-        runner = self._runner(execution, draft, vocab_size, rules, config)
+        runner = self._runner(execution, draft, vocab_size, rules, config, interrupts)
         try:
             self._admit(runner, draft, requests)
             yield runner
         finally:
             runner.abort()
+            if isinstance(runner, ThreadDraft) and runner.error is not None:
+                del self.caches["draft"]  # Its books may be half written, and the thread may still run.
 
     def _runner(
-        self, execution: Execution, draft: PreTrainedModel, vocab_size: int, rules: Rules, config: PearlConfig
+        self,
+        execution: Execution,
+        draft: PreTrainedModel,
+        vocab_size: int,
+        rules: Rules,
+        config: PearlConfig,
+        interrupts: KeptInterrupts,
     ) -> Runner:
         processors, pad_token_id = draft_processors(rules.processors), rules.pad_token_id or 0
         left_out = sorted({type(each).__name__ for each in rules.processors if each not in processors})
@@ -217,7 +229,9 @@ class PearlEngine:
         # Lanes that take turns have no time for guesses beside the likeliest line.
         max_width = 1 if execution == "inline" else config.max_draft_width
         drafter = Drafter(lane, proposer, calibration, free_running=free_running, max_width=max_width)
-        return InlineDraft(drafter, lane) if execution == "inline" else ThreadDraft(drafter, lane, free_running)
+        if execution == "inline":
+            return InlineDraft(drafter, lane)
+        return ThreadDraft(drafter, lane, free_running, lambda: interrupts.has_come)
 
     @staticmethod
     def _admit(runner: Runner, draft: PreTrainedModel, requests: Sequence[Request]) -> None:

@@ -39,7 +39,7 @@ import hf_pearl
 from hf_pearl import PearlConfig
 from hf_pearl.decoding.drafting import MAX_WIDTH
 from hf_pearl.decoding.messages import Admission, Grant, Removal, TokenTree, Verdict
-from hf_pearl.parallel import processes, records, shared_memory, worker_process
+from hf_pearl.parallel import records, shared_memory
 from hf_pearl.parallel.cores import available_cores
 from hf_pearl.parallel.draft_workers import DraftWorker
 from hf_pearl.parallel.processor_specs import decode_processors, encode_processors
@@ -389,26 +389,6 @@ def test_new_weights_reach_the_warm_worker(target: PreTrainedModel, prompt: dict
 # -- failures -----------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_worker_is_survived(target: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
-    draft = noisy_copy(target, 0.03, 5)
-    warm(target, draft)
-    expected = decode(target, None, prompt, PearlConfig(execution="inline"), max_new_tokens=80).sequences.tolist()
-    for config in (PROCESSES, LOCKSTEP):
-        worker = worker_of(target, draft)
-        assert worker.wait_until_ready(START_SECONDS)
-        kill = AtLength(60, lambda worker=worker: os.kill(worker.process_id, signal.SIGKILL))
-        criteria = StoppingCriteriaList([kill])
-        with expected_warnings() as warnings:
-            output = decode(target, draft, prompt, config, max_new_tokens=80, stopping_criteria=criteria)
-        assert output.sequences.tolist() == expected
-        assert len(warnings) == 1 and "exit code -9" in warnings[0]
-        again = decode(target, draft, prompt, PROCESSES, max_new_tokens=80)  # while the next worker starts
-        assert again.sequences.tolist() == expected
-        assert again.pearl.execution == "processes"
-        assert worker_of(target, draft) is not worker
-    hf_pearl.release(draft)
-
-
 def test_a_worker_that_fails_to_start_says_why_and_is_replaced_by_a_thread(
     target: PreTrainedModel, prompt: dict[str, torch.Tensor]
 ) -> None:
@@ -425,7 +405,9 @@ def test_a_worker_that_fails_to_start_says_why_and_is_replaced_by_a_thread(
     assert "builds other modules" in str(call.error)
     assert not call.wait(1, START_SECONDS)
     assert call.finish().num_steps == 0
-    second = decode(target, draft, prompt, PROCESSES)
+    with expected_warnings() as warnings:
+        second = decode(target, draft, prompt, PROCESSES)
+    assert len(warnings) == 1 and "A thread serves" in warnings[0] and "builds other modules" in warnings[0]
     assert first.sequences.tolist() == second.sequences.tolist() == expected
     assert second.pearl.execution == "threads"
 
@@ -449,25 +431,6 @@ def test_an_error_inside_a_call_leaves_the_worker_usable(
     assert worker_of(target, draft).process_id == process_id
 
 
-def test_a_frozen_worker_is_left_behind_and_replaced(
-    target: PreTrainedModel, prompt: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    draft = noisy_copy(target, 0.03, 6)
-    worker = warm(target, draft)
-    expected = decode(target, None, prompt, PearlConfig(execution="inline"))
-    os.kill(worker.process_id, signal.SIGSTOP)
-    monkeypatch.setattr(processes, "FINISH_SECONDS", 0.1)
-    output = decode(target, draft, prompt, PROCESSES)
-    assert output.sequences.tolist() == expected.sequences.tolist()
-    assert worker.is_alive
-    monkeypatch.setattr(worker_process, "HUNG_SECONDS", 0.0)
-    assert not worker.is_alive
-    assert decode(target, draft, prompt, PROCESSES).sequences.tolist() == expected.sequences.tolist()
-    assert is_gone(worker.process_id)
-    assert worker_of(target, draft) is not worker
-    hf_pearl.release(draft)
-
-
 def test_junk_in_the_ring_ends_the_worker_and_not_the_call(
     target: PreTrainedModel, prompt: dict[str, torch.Tensor]
 ) -> None:
@@ -489,22 +452,6 @@ def test_junk_in_the_ring_ends_the_worker_and_not_the_call(
     assert "unknown kind 77" in worker._process.why_it_ended()
     assert decode(target, draft, prompt, PROCESSES).sequences.tolist() == expected.sequences.tolist()
     hf_pearl.release(draft)
-
-
-def test_a_call_long_after_the_last_one_is_drafted(
-    target: PreTrainedModel, draft: PreTrainedModel, prompt: dict[str, torch.Tensor]
-) -> None:
-    worker = worker_of(target, draft)
-    decode(target, draft, prompt, LOCKSTEP)
-    assert worker._process._left is not None
-    last_call, left_at = worker._process._left
-    worker._process._left = last_call, left_at - 1000.0  # What matters is how long it took to leave that call.
-    call = worker.call(64, LogitsProcessorList(), 0, False)
-    call.send(Admission(0, (1, 2, 3), 100, 0, None))
-    call.grant(3)
-    assert call.wait(3, START_SECONDS), call.error
-    assert worker.is_alive
-    call.finish()
 
 
 def test_interrupts_do_not_reach_the_worker(

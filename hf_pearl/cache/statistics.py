@@ -15,12 +15,15 @@ class CacheStatistics:
         Prompt tokens that were looked up, and those whose keys and values were there.
     evicted_blocks, copied_blocks : int
         Cached blocks given up for their memory, and blocks copied, on write or for a part of them.
+    computed_layers : int
+        Attention layers of all forwards: it grows while a forward goes on, so that others see that it does.
     """
 
     queried_tokens: int = 0
     hit_tokens: int = 0
     evicted_blocks: int = 0
     copied_blocks: int = 0
+    computed_layers: int = 0
 
     @property
     def hit_rate(self) -> float:

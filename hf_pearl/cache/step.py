@@ -85,6 +85,7 @@ class PagedStep:
         self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Attention
     ) -> torch.Tensor:
         """Store the new keys and values `(1, K, T, D)`, attend with `query` `(1, H, T, D)`, return `(1, T, H, D)`."""
+        self.cache.statistics.computed_layers += 1
         layer = self.cache.layers[layer_index]
         if layer.pools is None:
             layer.make_pools(self.cache.num_slots, key, value)

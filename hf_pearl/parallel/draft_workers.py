@@ -87,6 +87,21 @@ class DraftWorker:
         return self._process.is_ready
 
     @property
+    def could_not_start(self) -> bool:
+        """Whether it has failed by itself before it was ready: it would do so again."""
+        return not self.is_ready and self._process.has_failed_by_itself
+
+    @property
+    def has_served(self) -> bool:
+        """Whether it has drafted for a call, to its end."""
+        status = self._process.status
+        return status is not None and status.num_steps > 0 and status.is_finished
+
+    def why_it_ended(self) -> str:
+        """What is known of its end."""
+        return self._process.why_it_ended()
+
+    @property
     def process_id(self) -> int:
         """The operating system's number of the child process."""
         return self._process.process_id
@@ -161,7 +176,8 @@ class DraftWorker:
 class DraftWorkers:
     """One engine's draft worker: started when a call first wants it, replaced when it failed, ended with the engine.
 
-    A worker that did not even start is not tried again, nor is one that failed `MAX_FAILURES` times; threads serve.
+    A worker that failed by itself before it was ready is not tried again, nor is one that failed `MAX_FAILURES` times
+    without having served a call between; threads serve.
     """
 
     def __init__(self) -> None:
@@ -188,9 +204,7 @@ class DraftWorkers:
         execution = config.execution if config.execution != "auto" else self._best(config, draft, known_as)
         if execution != "processes":
             return execution
-        if self.worker is not None and not self.worker.is_alive:
-            self._num_failures += 1 if self.worker.is_ready else MAX_FAILURES
-            self._end_worker()
+        self._replace_what_failed()
         if self._num_failures >= MAX_FAILURES:
             return "threads"
         try:
@@ -206,6 +220,19 @@ class DraftWorkers:
             self._end_worker()
             raise
         return "processes"
+
+    def _replace_what_failed(self) -> None:
+        worker = self.worker
+        if worker is None:
+            return
+        if worker.has_served:
+            self._num_failures = 0
+        if worker.is_alive:
+            return
+        self._num_failures += MAX_FAILURES if worker.could_not_start else 1
+        if self._num_failures >= MAX_FAILURES:
+            logger.warning(f"A thread serves instead of the draft model's process: {worker.why_it_ended()}")
+        self._end_worker()
 
     def _best(self, config: PearlConfig, draft: PreTrainedModel, known_as: Hashable) -> Execution:
         if input_device(draft).type != "cpu":

@@ -42,6 +42,7 @@ class ProcessDraft:
         self._trees: dict[int, tuple[bytes, TokenTree | None]] = {}
         self._timeline: list[DraftStep] = []
         self._num_seen = 0
+        self._looked = time.perf_counter()
         self._error: PearlWorkerError | None = None
         self._has_left = False
         self._is_over = False
@@ -111,6 +112,8 @@ class ProcessDraft:
             return None
         self._process.flush()
         self._collect()
+        if time.perf_counter() > self._looked + POLL_SECONDS:
+            self._has_failed()
         content = channel.tree(wire_id % NUM_SLOTS).read()
         if content is None:
             return None
@@ -155,6 +158,7 @@ class ProcessDraft:
     def _has_failed(self) -> bool:
         if self._is_over or self._error is not None:
             return True
+        self._looked = time.perf_counter()
         if not self._process.is_alive:
             self._fail(self._process.why_it_ended())
         elif self._status.is_finished and self._process.channel is not None:
@@ -184,9 +188,11 @@ class ProcessDraft:
         if not self._is_over and self._process.is_ready:
             self._leave()
             deadline = time.perf_counter() + FINISH_SECONDS
-            while not (self._status.is_finished or self._has_failed()) and time.perf_counter() < deadline:
+            while not (self._status.is_finished or self._has_failed()):
+                if time.perf_counter() > deadline and not self._process.is_silent:
+                    break
                 self._process.flush()
-                self._process.wait(min(POLL_SECONDS, deadline - time.perf_counter()))
+                self._process.wait(POLL_SECONDS)
         self._has_failed()
         self._collect()
         if not self._is_over:
@@ -206,4 +212,3 @@ class ProcessDraft:
     def _leave(self) -> None:
         self._has_left = True
         self._process.put(EndCall(self._call))
-        self._process.leave(self._call)

@@ -1,11 +1,12 @@
 """What engine and draft worker share: anonymous memory, and in it a ring of messages, sequenced records, a timeline.
 
-The engine writes the ring, the worker everything else: each part has one writer and one reader, and nobody locks. A
+The engine writes the ring, the worker everything else: each word has one writer and one reader, and nobody locks. A
 reader may look at any moment, on any processor: a checksum over contents and sequence number tells what is whole.
 
 | part     | words                          | content                                                  |
 |----------|--------------------------------|----------------------------------------------------------|
-| control  | 32                             | words consumed (at 0) and produced (at 16) so far        |
+| control  | 32                             | words consumed (at 0) and produced (at 16) so far;       |
+|          |                                | signs of life (at 1 and 2), see `heartbeat`              |
 | ring     | `RING_WORDS`                   | frames to the worker, see `RingWriter`                   |
 | status   | `record_words(...)`            | a sequenced `Status`                                     |
 | error    | `record_words(...)`            | a sequenced call number and text                         |

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -11,10 +13,10 @@ import torch
 from ..decoding.drafting import Drafter
 from ..decoding.messages import Admission, DraftReport, Grant, Removal, Rest, TokenTree, Verdict
 from ..errors import PearlWorkerError
+from . import heartbeat
 from .draft_loop import EndOfCall, run_draft_loop
 from .lane import ModelLane
 
-JOIN_TIMEOUT = 60.0
 POLL_SECONDS = 0.1
 
 
@@ -23,27 +25,42 @@ class _QueueInbox:
 
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue[Admission | Verdict | Removal | Grant | Rest | None] = queue.SimpleQueue()
+        self.num_looks = 0
 
     def get(self, block: bool) -> Admission | Verdict | Removal | Grant | Rest | None:
-        try:
-            message = self.queue.get(block=block)
-        except queue.Empty:
-            return None
-        if message is None:
-            raise EndOfCall
-        return message
+        while True:
+            self.num_looks += 1
+            try:
+                message = self.queue.get(block, heartbeat.LOOK_SECONDS)
+            except queue.Empty:
+                if block:
+                    continue
+                return None
+            if message is None:
+                raise EndOfCall
+            return message
 
 
 class ThreadDraft:
-    """One thread per call, which ends with it."""
+    """One thread per call, which ends with it.
+
+    Parameters
+    ----------
+    is_hurried : callable
+        Whether the user wants out: a draft step that goes on is then not waited for, and is an error.
+    """
 
     concurrent = True
     is_ready = True
     is_starting = False
 
-    def __init__(self, drafter: Drafter, lane: ModelLane, free_running: bool) -> None:
+    def __init__(
+        self, drafter: Drafter, lane: ModelLane, free_running: bool, is_hurried: Callable[[], bool] = bool
+    ) -> None:
         self._drafter = drafter
         self._lane = lane
+        self._is_hurried = is_hurried
+        self._progress = heartbeat.Watch()
         self._inbox = _QueueInbox()
         self._trees: dict[int, TokenTree] = {}
         self._step_done = threading.Condition()
@@ -89,7 +106,7 @@ class ThreadDraft:
 
     @property
     def error(self) -> BaseException | None:
-        """What ended the lane before its time."""
+        """What ended the lane before its time. The thread may still run then, on what is its own from now on."""
         return self._error
 
     def send(self, message: Admission | Verdict | Removal) -> None:
@@ -115,9 +132,23 @@ class ThreadDraft:
 
     def wait(self, num_steps: int, timeout: float) -> bool:
         """True when `num_steps` steps of this call are done, False after `timeout` seconds or without a lane."""
+        deadline = time.perf_counter() + timeout
         with self._step_done:
-            self._step_done.wait_for(lambda: self._num_steps >= num_steps or self._has_ended, timeout)
+            while self._num_steps < num_steps and not (self._has_ended or self._stands_still()):
+                remaining = deadline - time.perf_counter()
+                if remaining <= 0:
+                    break
+                self._step_done.wait(min(POLL_SECONDS, remaining))
             return self._num_steps >= num_steps
+
+    def _stands_still(self) -> bool:
+        if self._error is None:
+            done = self._inbox.num_looks + self._lane.cache.statistics.computed_layers
+            if self._progress.stands_still(done, heartbeat.STUCK_SECONDS):
+                self._error = PearlWorkerError(
+                    f"draft lane, step {self._num_steps}: its thread {heartbeat.stands_still()}"
+                )
+        return self._error is not None
 
     def finish(self) -> DraftReport:
         """End the call; say what the draft did."""
@@ -127,9 +158,8 @@ class ThreadDraft:
     def abort(self) -> None:
         """End the call in whatever state it is; harmless to repeat."""
         self._inbox.queue.put(None)
-        self._thread.join(JOIN_TIMEOUT)
-        if self._thread.is_alive():
-            raise PearlWorkerError(
-                f"the draft lane's thread did not end within {JOIN_TIMEOUT:.0f} s: a forward or a logits processor of "
-                f"the draft model hangs (step {self._num_steps} of the call was the last it finished)."
-            )
+        self._thread.join(POLL_SECONDS)
+        while self._thread.is_alive() and not (self._stands_still() or self._is_hurried()):
+            self._thread.join(POLL_SECONDS)
+        if self._thread.is_alive() and self._error is None:
+            self._error = PearlWorkerError(f"draft lane, step {self._num_steps}: it was left behind by an interrupt")

@@ -15,7 +15,6 @@ import signal
 import socket
 import struct
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,14 +30,13 @@ from ..decoding.messages import Admission, Grant, Removal, Rest, TokenTree, Verd
 from ..decoding.proposal import Proposer
 from . import records
 from .draft_loop import EndOfCall, run_draft_loop
+from .heartbeat import LOOK_SECONDS, Pulse
 from .lane import ModelLane
 from .processor_specs import decode_processors
 from .records import BeginCall, Clear, EndCall, Message, Quit, Status
 from .shared_distributions import SharedDistributions
 from .shared_memory import ERROR_BYTES, NUM_SLOTS, TIMELINE_LENGTH, Channel, RingReader
 from .shipping import build
-
-PARENT_CHECK_SECONDS = 0.5
 
 
 class Arguments(NamedTuple):
@@ -54,34 +52,36 @@ class Arguments(NamedTuple):
     lifeline: int
 
 
-class ParentGone(Exception):
-    """The parent has ended, or has given the worker up."""
+class ToldToQuit(Exception):
+    """The parent wants the worker to end."""
 
 
 class Inbox:
-    """Messages of the engine, from the ring; waiting ends with the parent too."""
+    """Messages of the engine, from the ring.
 
-    def __init__(self, channel: Channel, arguments: Arguments, lifeline: socket.socket) -> None:
+    Attributes
+    ----------
+    num_looks : int
+        How often there was a look for a message: whoever waits for one makes progress.
+    """
+
+    def __init__(self, channel: Channel, to_worker: int) -> None:
         self._reader = RingReader(channel.control, channel.ring)
-        self._parent, self._to_worker = arguments.parent, arguments.to_worker
-        self._anything, self._end = select.poll(), select.poll()
-        self._anything.register(arguments.to_worker, select.POLLIN)
-        for poller in (self._anything, self._end):
-            poller.register(lifeline, select.POLLIN)
-        self._checked = 0.0
+        self._to_worker = to_worker
+        self._wake = select.poll()
+        self._wake.register(to_worker, select.POLLIN)
+        self.num_looks = 0
 
     def message(self, block: bool) -> Message | None:
         """The next message of any kind; None where none is there and `block` is False."""
         while True:
-            self._check_parent()
+            self.num_looks += 1
             words = self._reader.get()
             if words is not None:
                 return records.decode_message(words)
             if not block:
                 return None
-            events = self._anything.poll(1000 * PARENT_CHECK_SECONDS)
-            if any(descriptor != self._to_worker for descriptor, _ in events):
-                raise ParentGone  # Nothing is sent on the lifeline any more: its other end was closed.
+            self._wake.poll(1000 * LOOK_SECONDS)
             with suppress(BlockingIOError):
                 os.eventfd_read(self._to_worker)
 
@@ -97,18 +97,10 @@ class Inbox:
         if isinstance(message, EndCall):
             raise EndOfCall
         if isinstance(message, Quit):
-            raise ParentGone
+            raise ToldToQuit
         if isinstance(message, BeginCall | Clear):
             raise records.MalformedRecordError(f"a {type(message).__name__} inside a call")
         return message
-
-    def _check_parent(self) -> None:
-        now = time.perf_counter()
-        if now - self._checked > PARENT_CHECK_SECONDS:
-            self._checked = now
-            # A forked child of the parent may hold the other end of the lifeline open.
-            if os.getppid() != self._parent or self._end.poll(0):
-                raise ParentGone
 
 
 class Outbox:
@@ -154,6 +146,11 @@ class DraftServer:
         self.calibration = Calibration()
         self.cache: PagedPrefixCache | None = None
 
+    def progress(self) -> int:
+        """Layers computed, and looks for a message."""
+        cache = self.cache
+        return self.inbox.num_looks + (0 if cache is None else cache.statistics.computed_layers)
+
     def serve(self) -> None:
         """Serve calls until told to quit."""
         while True:
@@ -175,9 +172,10 @@ class DraftServer:
             )
         try:
             self._draft(options, distributions, outbox)
-        except (ParentGone, records.MalformedRecordError):
+        except (ToldToQuit, records.MalformedRecordError):
             raise
         except Exception:
+            self.cache = None  # Whatever failed may have left its books half written.
             outbox.fail(traceback.format_exc())
         finally:
             if distributions is not None:
@@ -214,24 +212,25 @@ def main() -> None:
     if cores:
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(num_threads)
+    channel, lifeline = Channel(arguments.channel), socket.socket(fileno=arguments.lifeline)
+    pulse = Pulse(channel.control, arguments.lifeline, arguments.parent)
+    pulse.start()
     with open(arguments.shipment, "rb") as file:
         shipment = pickle.load(file)
     model = build(shipment, arguments.weights)
-    lifeline = socket.socket(fileno=arguments.lifeline)
-    channel = Channel(arguments.channel)
     if not lifeline.recv(1):  # The weights are there; or the parent has gone.
         return
     gc.collect()
     gc.freeze()
     log = _silence()
     try:
-        inbox = Inbox(channel, arguments, lifeline)
-        server = DraftServer(model, channel, inbox, arguments)
+        server = DraftServer(model, channel, Inbox(channel, arguments.to_worker), arguments)
+        pulse.progress = server.progress
         channel.status.write(records.encode_status(Status(0, True, 0, 0, 0, 0, 0.0)))
         os.eventfd_write(arguments.to_engine, 1)
         with torch.inference_mode():
             server.serve()
-    except ParentGone:
+    except ToldToQuit:
         return
     except BaseException:
         traceback.print_exc(file=log)

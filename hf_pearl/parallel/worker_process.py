@@ -15,12 +15,13 @@ from contextlib import suppress
 
 import torch
 
+from . import heartbeat
 from .records import MalformedRecordError, Message, Quit, Status, decode_status, encode_message
 from .shared_memory import Channel, RingWriter, anonymous_memory
 from .shipping import Shipment, copy_weights
 
 QUIT_SECONDS = 0.7  # for each of: asked, terminated, killed
-HUNG_SECONDS = 30.0  # after which a worker that has not left an ended call is given up
+START_SECONDS = 600.0  # after which a worker that is not ready is given up; nobody waits for it
 LOG_BYTES = 4000
 
 
@@ -48,7 +49,8 @@ class WorkerProcess:
         self._failure = ""
         self._is_lost = False
         self._status: tuple[bytes, Status] | None = None
-        self._left: tuple[int, float] | None = None  # the last call that the engine has left, and when
+        self._started = time.perf_counter()
+        self._beats, self._progress = heartbeat.Watch(), heartbeat.Watch()
         try:
             self._open(shipment)
             self._process = self._start(num_threads, cores)
@@ -123,21 +125,27 @@ class WorkerProcess:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it runs, answers when it should, and belongs to this process (a forked copy of it does not)."""
-        if self.channel is None or self._owner != os.getpid() or self._is_lost or self._failure or self._is_hung:
+        """Whether it runs, gives signs of life, and belongs to this process (a forked copy of it does not)."""
+        if self.channel is None or self._owner != os.getpid() or self._is_lost or self._failure:
             return False
-        return self._process.poll() is None
+        if self._process.poll() is not None:
+            return False
+        self._look_for_life(self.channel.control)
+        return not self._failure
+
+    def _look_for_life(self, control: memoryview) -> None:
+        if not self.is_ready:
+            if time.perf_counter() - self._started > START_SECONDS:
+                self.give_up(f"it was not ready within {START_SECONDS:.0f} s")
+        elif self._beats.stands_still(control[heartbeat.BEATS], heartbeat.SILENT_SECONDS):
+            self.give_up(f"no sign of life for {heartbeat.SILENT_SECONDS:g} s: its process is stopped, or never runs")
+        elif self._progress.stands_still(control[heartbeat.PROGRESS], heartbeat.STUCK_SECONDS):
+            self.give_up(f"it {heartbeat.stands_still()}")
 
     @property
-    def _is_hung(self) -> bool:
-        if self._left is None or time.perf_counter() - self._left[1] < HUNG_SECONDS:
-            return False
-        status = self.status
-        return status is None or (status.call, status.is_finished) < (self._left[0], True)
-
-    def leave(self, call: int) -> None:
-        """Note that the engine has left a call, which the worker should do soon."""
-        self._left = call, time.perf_counter()
+    def is_silent(self) -> bool:
+        """Whether it has missed some beats: soon it beats again, or is given up."""
+        return self._beats.seconds_still > 5 * heartbeat.BEAT_SECONDS
 
     @property
     def is_ready(self) -> bool:
@@ -159,6 +167,12 @@ class WorkerProcess:
         return self._status[1]
 
     @property
+    def has_failed_by_itself(self) -> bool:
+        """Whether it was given up, or has ended without a signal from outside."""
+        code = self._process.poll()
+        return bool(self._failure) or (code is not None and code >= 0)
+
+    @property
     def process_id(self) -> int:
         """The operating system's number of the process."""
         return self._process.pid
@@ -176,7 +190,8 @@ class WorkerProcess:
         if log is not None:
             start = max(0, os.fstat(log).st_size - LOG_BYTES)
             text = os.pread(log, LOG_BYTES, start).decode(errors="replace").strip()
-        return "; ".join(part for part in (self._failure, f"exit code {self._process.poll()}", text) if part)
+        code = self._process.poll()
+        return "; ".join(part for part in (self._failure, "" if code is None else f"exit code {code}", text) if part)
 
     def give_up(self, reason: str) -> None:
         """Never use it again."""
@@ -221,7 +236,9 @@ class WorkerProcess:
         self._release()
 
     def _end_process(self) -> None:
-        if self.is_ready and self._process.poll() is None:
+        if self._failure:  # It would not answer.
+            self._process.kill()
+        elif self.is_ready and self._process.poll() is None:
             with suppress(OSError):
                 self.put(Quit())
                 self._lifeline.shutdown(socket.SHUT_RDWR)

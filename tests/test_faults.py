@@ -1,0 +1,315 @@
+"""A draft lane that dies or stands still is survived, and Ctrl-C obeyed: the same tokens, and the next call works."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hanging import SLOW_SECONDS, make_hanging
+from models import (
+    assert_nothing_held,
+    enabled_for_tiny_models,
+    expected_warnings,
+    left_padded,
+    noisy_copy,
+    random_prompts,
+    tiny_model,
+)
+
+import hf_pearl
+from hf_pearl import PearlConfig
+from hf_pearl.parallel import heartbeat
+from hf_pearl.parallel.draft_workers import MAX_FAILURES, DraftWorker
+from hf_pearl.registry import engine_for
+
+TESTS = Path(__file__).resolve().parent
+START_SECONDS = 120.0
+OPTIONS = {"do_sample": False, "max_new_tokens": 60}
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="worker processes need Linux")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def enabled() -> Iterator[None]:
+    with enabled_for_tiny_models():
+        yield
+
+
+class Pair:
+    """A target, its draft, which a file may bring to stand, a prompt, and the right answer to it."""
+
+    def __init__(self, trigger: Path, seed: int = 1) -> None:
+        self.target = tiny_model("llama", seed)
+        self.draft = make_hanging(noisy_copy(self.target, 0.03, seed + 1), trigger)
+        self.trigger = trigger
+        self.inputs = left_padded([list(range(1, 41))])
+        self.expected = self.target.generate(**self.inputs, **OPTIONS).tolist()
+
+    def call(self, execution: str, draft_length: int | str = 4) -> tuple[Any, list[str]]:
+        """The output of a call, which must be right, and the warnings."""
+        config = PearlConfig(execution=execution, draft_length=draft_length)
+        with expected_warnings() as warnings:
+            output = self.target.generate(
+                **self.inputs, **OPTIONS, assistant_model=self.draft, pearl=config, return_dict_in_generate=True
+            )
+        assert output.sequences.tolist() == self.expected
+        assert_nothing_held(self.target)
+        return output, list(warnings)
+
+    def worker(self) -> DraftWorker:
+        """The worker, started by a call if there is none."""
+        workers = engine_for(self.target, self.draft).workers
+        if workers.worker is None or not workers.worker.is_alive:
+            self.call("processes", "auto")
+        assert workers.worker is not None
+        return workers.worker
+
+    def served(self) -> DraftWorker:
+        """A worker that has served a call."""
+        assert self.worker().wait_until_ready(START_SECONDS)
+        output, warnings = self.call("processes")
+        assert output.pearl.draft_steps > 0 and not warnings
+        return self.worker()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair(tmp_path_factory.mktemp("trigger") / "what")
+    yield pair
+    hf_pearl.release(pair.target)
+
+
+# -- lanes that stand still ---------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds, as a test has them."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_counter_that_moves_is_never_taken_for_one_that_stands() -> None:
+    clock = Clock()
+    watch = heartbeat.Watch(clock)
+    for value in range(100):
+        clock.now += 4.9
+        assert not watch.stands_still(value, 5.0)
+        clock.now += 4.9
+        assert not watch.stands_still(value, 5.0)
+
+
+def test_a_counter_that_stands_is_noticed_when_it_was_looked_at_twice() -> None:
+    clock = Clock()
+    watch = heartbeat.Watch(clock)
+    assert not watch.stands_still(7, 5.0)
+    clock.now = 1000.0  # The whole machine was asleep, or nobody looked.
+    assert not watch.stands_still(7, 5.0)
+    clock.now += heartbeat.CONFIRM_SECONDS / 2
+    assert not watch.stands_still(7, 5.0)
+    clock.now += heartbeat.CONFIRM_SECONDS / 2
+    assert watch.stands_still(7, 5.0)
+    assert not watch.stands_still(8, 5.0)
+
+
+HANGS = {"stopped": "no sign of life", "hold": "no sign of life", "loop": "stands still", "sleep": "stands still"}
+
+
+def hang(pair: Pair, how: str, execution: str, draft_length: int | str) -> None:
+    """Bring the lane to stand before a call or in its midst; the call must be right, and say so."""
+    if execution == "processes":
+        worker = pair.served()
+    if how == "stopped":
+        os.kill(worker.process_id, signal.SIGSTOP)
+    else:
+        pair.trigger.write_text(how)
+    try:
+        output, warnings = pair.call(execution, draft_length)
+    finally:
+        pair.trigger.unlink(missing_ok=True)
+    assert output.pearl.execution == execution
+    assert len(warnings) == 1 and "The draft lane failed" in warnings[0] and HANGS[how] in warnings[0], warnings
+    if execution == "processes":
+        assert pair.worker() is not worker
+    again, warnings = pair.call(execution)
+    assert not warnings
+    if execution == "threads":
+        assert again.pearl.draft_steps > 0
+
+
+@pytest.fixture
+def short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 0.8)
+    monkeypatch.setattr(heartbeat, "STUCK_SECONDS", 1.5)
+    monkeypatch.setattr(heartbeat, "CONFIRM_SECONDS", 0.25)
+
+
+@pytest.mark.usefixtures("short_deadlines")
+@pytest.mark.parametrize("draft_length", ["auto", 4])
+@pytest.mark.parametrize(("how", "execution"), [("stopped", "processes"), ("loop", "threads")])
+def test_a_lane_that_stands_still_is_left_behind_and_replaced(
+    how: str, execution: str, draft_length: int | str, pair: Pair
+) -> None:
+    hang(pair, how, execution, draft_length)
+
+
+@pytest.mark.usefixtures("short_deadlines")
+def test_a_worker_that_stands_still_in_a_forward_is_replaced(pair: Pair) -> None:
+    hang(pair, "loop", "processes", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_deadlines")
+@pytest.mark.parametrize("part", range(10))
+def test_two_hundred_lanes_that_stand_still(part: int, pair: Pair, seed: int) -> None:
+    chance = random.Random(seed)
+    for index in range(20):
+        execution = ("processes", "threads")[index % 2]
+        how = chance.choice([how for how in HANGS if execution == "processes" or how in ("loop", "sleep")])
+        hang(pair, how, execution, chance.choice(("auto", 1, 4)))
+
+
+@pytest.mark.usefixtures("short_deadlines")
+@pytest.mark.parametrize("execution", ["threads", "processes"])
+def test_slow_work_is_not_taken_for_a_lane_that_stands_still(execution: str, tmp_path: Path) -> None:
+    """A step takes longer than the deadline; a layer does not."""
+    target = tiny_model("llama", 1)
+    draft = make_hanging(tiny_model("llama", 2, num_hidden_layers=8), tmp_path / "what")
+    assert 7 * SLOW_SECONDS > heartbeat.STUCK_SECONDS + heartbeat.CONFIRM_SECONDS > 2 * SLOW_SECONDS
+    inputs = left_padded([[1, 2, 3]])
+    options = {**inputs, "do_sample": False, "max_new_tokens": 2}
+    expected = target.generate(**options)
+    options["assistant_model"] = draft
+    pearl = PearlConfig(execution=execution, draft_length=1)
+    target.generate(**options, pearl=pearl)
+    if execution == "processes":
+        worker = engine_for(target, draft).workers.worker
+        assert worker is not None and worker.wait_until_ready(START_SECONDS)
+    (tmp_path / "what").write_text("slow")
+    output = target.generate(**options, pearl=pearl, return_dict_in_generate=True)
+    assert output.sequences.tolist() == expected.tolist()
+    assert output.pearl.draft_seconds > 8 * SLOW_SECONDS
+    hf_pearl.release(target)
+
+
+@pytest.mark.slow
+def test_a_loaded_machine_raises_no_alarm(pair: Pair) -> None:
+    """Beside eight busy processes per core."""
+    worker = pair.served()
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8 * (os.cpu_count() or 1))]
+    try:
+        deadline = time.monotonic() + 60.0
+        while time.monotonic() < deadline:
+            for draft_length in (4, "auto"):
+                assert not pair.call("processes", draft_length)[1]
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert pair.worker() is worker
+
+
+# -- lanes that die -----------------------------------------------------------------------------------------------
+
+
+def kill_workers(pair: Pair, num_kills: int, chance: random.Random) -> None:
+    """Every other while it starts, or soon after, the others in the midst of a call that they draft for."""
+    for index in range(num_kills):
+        worker = pair.served() if index % 2 else pair.worker()
+        delay = chance.uniform(0.0, 0.2)
+        killer = threading.Timer(delay, os.kill, (worker.process_id, signal.SIGKILL))
+        killer.start()
+        output, warnings = pair.call("processes", chance.choice((1, 4, "auto")))
+        killer.join()
+        assert output.pearl.execution == "processes", f"kill {index}: {output.pearl.execution}"
+        assert all("exit code -9" in warning for warning in warnings), warnings
+        worker._process._process.wait(START_SECONDS)
+        assert not worker.is_alive
+    pair.served()
+
+
+def test_a_worker_killed_at_a_random_moment_is_survived(pair: Pair, seed: int) -> None:
+    kill_workers(pair, 20, random.Random(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(10))
+def test_five_hundred_killed_workers_are_survived(part: int, pair: Pair, seed: int) -> None:
+    kill_workers(pair, 50, random.Random(seed))
+
+
+def test_a_worker_that_always_dies_is_not_started_for_ever(pair: Pair) -> None:
+    pair.served()
+    for index in range(MAX_FAILURES):
+        worker = pair.worker()
+        os.kill(worker.process_id, signal.SIGKILL)
+        worker._process._process.wait(START_SECONDS)
+        output, warnings = pair.call("processes", "auto")
+        assert output.pearl.execution == ("processes" if index < MAX_FAILURES - 1 else "threads")
+    assert len(warnings) == 1 and "A thread serves" in warnings[0] and "exit code -9" in warnings[0]
+    hf_pearl.release(pair.draft)
+    assert pair.call("processes")[0].pearl.execution == "processes"
+
+
+def test_a_worker_that_runs_out_of_memory_is_survived(pair: Pair) -> None:
+    """Its address space may not grow any more; memory may be missing anywhere, in the books of its cache too."""
+    worker = pair.served()
+    pages = int(Path(f"/proc/{worker.process_id}/statm").read_text().split()[0])
+    size = pages * resource.getpagesize()
+    resource.prlimit(worker.process_id, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+    engine = engine_for(pair.target, pair.draft)
+    prompts = random_prompts(random.Random(3), 40, (400,))
+    options = {"do_sample": False, "max_new_tokens": 4}
+    expected = pair.target.generate(**prompts, **options).tolist()
+    with expected_warnings() as warnings:
+        config = PearlConfig(execution="processes", draft_length=3, prefix_cache=False)
+        output = pair.target.generate(**prompts, **options, assistant_model=pair.draft, pearl=config)
+    assert output.tolist() == expected
+    assert len(warnings) == 1 and ("MemoryError" in warnings[0] or "allocate" in warnings[0]), warnings
+    assert engine.workers.worker is worker
+    if worker.is_alive:
+        resource.prlimit(worker.process_id, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    pair.served()
+
+
+# -- interrupts ---------------------------------------------------------------------------------------------------
+
+
+def interrupt(number: int, seed: int) -> dict[str, Any]:
+    command = [sys.executable, str(TESTS / "interrupted.py"), str(number), str(seed)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=30.0 * number + 120.0)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def check_interrupts(number: int, seed: int, record_property: Any) -> None:
+    found = interrupt(number, seed)
+    record_property("longest seconds from interrupt to control", max(found["latencies"]))
+    assert len(found["latencies"]) == number
+    assert found["drafted"] > number / 2
+    assert found["left"] == ""
+    assert not Path(f"/proc/{found['worker']}").exists()
+
+
+def test_an_interrupt_at_a_random_moment_is_obeyed(seed: int, record_property: Any) -> None:
+    check_interrupts(30, seed, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(3))
+def test_three_hundred_interrupts_are_obeyed(part: int, seed: int, record_property: Any) -> None:
+    check_interrupts(100, seed, record_property)
