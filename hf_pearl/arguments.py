@@ -260,7 +260,7 @@ def _inferred_mask(ids: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
     pads, ends = (torch.as_tensor(values.get(name, ())).flatten() for name in ("pad_token_id", "eos_token_id"))
     if set(pads.tolist()) & set(ends.tolist()):
         return torch.ones_like(ids)
-    return torch.isin(ids, pads.to(ids.device), invert=True)
+    return torch.isin(ids, pads.to(ids.device, torch.long), invert=True)
 
 
 def _check_mask(mask: Any, shape: torch.Size, origin: str) -> None:

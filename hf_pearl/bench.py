@@ -4,6 +4,7 @@ generation  transformers' ways of decoding and ours on the same prompts, in turn
             each part of PEARL gives; speeds are shown of methods whose output is right
 cache       the paged cache beside transformers' `DynamicCache`: decode steps, prefill, memory, forks, block sizes
 efficiency  PEARL's default beside what its schedule would take if nothing but the two models took time
+handover    from one lane to the other and back, and the default with every execution in turns
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from .benchmark.cache_table import cache_table
 from .benchmark.efficiency_suite import measure_efficiency, num_profiles
 from .benchmark.efficiency_table import efficiency_table
 from .benchmark.grid_tables import summary_table, title, titled_tables
+from .benchmark.handover_suite import METHODS, measure_handovers
+from .benchmark.handover_table import handover_table
 from .benchmark.heavier import heavier
 from .benchmark.plot import MISSING, is_matplotlib_available, plot
 from .benchmark.recording import describe_model, described, figures, measure_with_progress
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """What suites can be told that decode; every combination of the lists is a measurement of its own."""
     add_workload_options(parser, many=True)
-    group = parser.add_argument_group("measurement (--suite generation, efficiency)")
+    group = parser.add_argument_group("measurement (--suite generation, efficiency, handover)")
     group.add_argument(
         "--target-cost",
         metavar="X",
@@ -140,13 +143,18 @@ def _document(measured: list[dict[str, Any]]) -> str:
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
     """What `--suite cache` alone can be told."""
     group = parser.add_argument_group("measurement (--suite cache)")
-    group.add_argument("--steps", metavar="N", type=positive_int, default=20, help="take medians of N (default: 20)")
     group.add_argument("--threads", metavar="N", type=positive_int, help="of the CPU (default: torch's)")
+
+
+def add_steps_option(parser: argparse.ArgumentParser) -> None:
+    """Of the suites that time single steps."""
+    group = parser.add_argument_group("measurement (--suite cache, handover)")
+    group.add_argument("--steps", metavar="N", type=positive_int, default=20, help="take medians of N (default: 20)")
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Of the suites that make one file."""
-    group = parser.add_argument_group("measurement (--suite cache, efficiency)")
+    group = parser.add_argument_group("measurement (--suite cache, efficiency, handover)")
     group.add_argument("--json", metavar="FILE", type=writable_file, help="write the figures to FILE, too")
 
 
@@ -203,15 +211,36 @@ def run_efficiency(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_handover(args: argparse.Namespace) -> int:
+    """Measure hand-overs, then every execution on the prompts; 1 where one wrote something else than `generate`."""
+    if len(args.target_cost) * len(args.temperature) > 1:
+        raise UsageError("--suite handover: give one --target-cost and one --temperature")
+    ((_, workload),) = _workloads(args, [1])
+    handovers = measure_handovers(workload.draft, args.steps)
+    enable(workload.target)
+    try:
+        measurement = measure_with_progress(workload, METHODS, args.runs)
+    finally:
+        disable(workload.target)
+        release(workload.target)
+    saved = {"handovers": handovers, "num_steps": args.steps, **figures(measurement)}
+    print(handover_table(saved))
+    if args.json is not None:
+        write_json(args.json, saved)
+    return int(saved["first_differences"] > saved["near_ties"])
+
+
 # Every group of options, and the suites that know it.
 OPTIONS: dict[Callable[[argparse.ArgumentParser], None], tuple[str, ...]] = {
-    add_text_options: ("generation", "efficiency"),
+    add_text_options: ("generation", "efficiency", "handover"),
     add_generation_options: ("generation",),
     add_cache_options: ("cache",),
-    add_json_option: ("cache", "efficiency"),
+    add_steps_option: ("cache", "handover"),
+    add_json_option: ("cache", "efficiency", "handover"),
 }
 SUITES: dict[str, Callable[[argparse.Namespace], int]] = {
     "generation": run_generation,
     "cache": run_cache,
     "efficiency": run_efficiency,
+    "handover": run_handover,
 }

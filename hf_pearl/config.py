@@ -93,7 +93,7 @@ class PearlConfig:
     verifies_tree: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.draft_length != "auto":
+        if not _is_auto(self.draft_length):
             _check_int("draft_length", self.draft_length, 1, 32, 'or "auto"')
         _check_choice("execution", self.execution, _EXECUTIONS)
         _check_choice("verification", self.verification, ("coupled", "rejection"))
@@ -102,7 +102,7 @@ class PearlConfig:
             raise ValueError(
                 f"`cache_salt` must be a string of at most {MAX_SALT} characters, got {self.cache_salt!r}."
             )
-        if self.verification == "rejection" and self.draft_length == "auto":
+        if self.verification == "rejection" and _is_auto(self.draft_length):
             raise ValueError(
                 '`draft_length` must be an int with `verification="rejection"`, got "auto", which follows how likely a '
                 "draft token is: what was drawn may not be left out for its value. Set it to 4, for instance, or leave "
@@ -113,7 +113,7 @@ class PearlConfig:
                 raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if self.seed is not None:
             _check_int("seed", self.seed, 0, 2**64 - 1, "or None")
-        if self.cache_memory != "auto":
+        if not _is_auto(self.cache_memory):
             parse_bytes(self.cache_memory)
         asked = [named_devices(name, getattr(self, name)) for name in ("target_devices", "draft_devices")]
         check_apart(*asked)
@@ -154,6 +154,10 @@ def parse_bytes(value: int | str) -> int:
     return value
 
 
+def _is_auto(value: object) -> bool:
+    return isinstance(value, str) and value == "auto"  # Arrays compare with a string, too, one by one.
+
+
 def _check_int(name: str, value: object, low: int, high: int, also: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be an int {also}, got {value!r}.")
@@ -162,5 +166,5 @@ def _check_int(name: str, value: object, low: int, high: int, also: str) -> None
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, (str, torch.dtype)) or value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -63,7 +63,8 @@ def _state(tensor: torch.Tensor) -> Hashable:
         storage = None
     # A tensor made in inference mode counts no versions: it is taken for changed every time.
     version = object() if tensor.is_inference() else tensor._version
-    return WeakIdRef(tensor), storage, tensor.data_ptr(), version, _steps.get(tensor, 0), tensor.dtype
+    num_steps = _steps.get(tensor, 0) if _steps.data else 0
+    return WeakIdRef(tensor), storage, tensor.data_ptr(), version, num_steps, tensor.dtype
 
 
 def _offloaded(modules: Sequence[torch.nn.Module]) -> tuple[Hashable, ...]:

@@ -71,7 +71,8 @@ def pearl_generate(
     positional = _positional_names()
     arguments = {name: value for name, value in arguments.items() if value is not None or name not in positional}
     if not isinstance(arguments.get("generation_config", GenerationConfig()), GenerationConfig):
-        raise TypeError(f"`generation_config` must be a GenerationConfig, got {arguments['generation_config']!r}.")
+        kind = type(arguments["generation_config"]).__name__
+        raise TypeError(f"`generation_config` must be a GenerationConfig, got a {kind}. Its fields are arguments, too.")
     extra = {name: value for name, value in arguments.items() if name not in positional}
     generation_config = compat.effective_generation_config(model, arguments.get("generation_config"), extra)
     check_arguments(model, generation_config, arguments)

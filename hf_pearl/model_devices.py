@@ -72,6 +72,8 @@ def share_hooks(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 def _hook_device(module: torch.nn.Module) -> torch.device | None:
     """Where the hook of a module has it compute; None without one."""
     hook = vars(module).get("_hf_hook")
+    if hook is None:
+        return None
     hooks = getattr(hook, "hooks", None) or (hook,)  # a SequentialHook's, which run one after the other
     devices = [getattr(each, "execution_device", None) for each in hooks]
     named = [device for device in devices if device is not None]

@@ -513,9 +513,8 @@ def test_every_rank_of_torchrun_gets_the_tokens_of_one_process(
 
 @pytest.mark.slow
 def test_it_uses_the_process_group_that_accelerate_has_made(saved: Saved, tmp_path: Path) -> None:
-    text = script(
-        saved, tmp_path, 1, 2, end="pair.close(); import torch.distributed as dist; dist.barrier()"
-    )  # It is still there.
+    end = "pair.close(); import torch.distributed as dist; dist.barrier()"  # It is still there.
+    text = script(saved, tmp_path, 1, 2, end)
     (tmp_path / "script.py").write_text("from accelerate import Accelerator\nAccelerator(cpu=True)\n" + text)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(tmp_path / "script.py")]
     assert run(launcher, tmp_path, cwd=tmp_path) == dict.fromkeys("012", expected_results(saved))

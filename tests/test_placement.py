@@ -41,7 +41,8 @@ from hf_pearl.parallel.topology import Device
 
 GIB = 2**30
 CPU = torch.device("cpu")
-IN_THREADS, IN_TURNS = PearlConfig(draft_length=3, execution="threads"), PearlConfig(execution="inline")
+# Whether waiting for a draft pays whose weights are loaded for every step is a matter of time: lengths are fixed.
+IN_THREADS, IN_TURNS = (PearlConfig(draft_length=3, execution=execution) for execution in ("threads", "inline"))
 PARTS = {"model.embed_tokens": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
 TESTS = Path(__file__).parent
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import psutil
 import pytest
 import torch
@@ -32,6 +33,7 @@ from models import (
     random_prompts,
     tiny_model,
 )
+from nbclient import NotebookClient
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import logits_process
 
@@ -626,6 +628,29 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+def check_script(printed: str) -> None:
+    same, execution, accepted = json.loads(printed)
+    assert same and execution == "processes" and accepted > 0
+
+
+def test_it_works_in_a_notebook(tmp_path: Path) -> None:
+    cells = [nbformat.v4.new_code_cell(part) for part in SCRIPT.split("\nhf_pearl.enable()", maxsplit=1)]
+    cells[1].source = "hf_pearl.enable()" + cells[1].source
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    client = NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
+    client.execute(env=_environment())
+    check_script(
+        "".join(each["text"] for cell in notebook.cells for each in cell.outputs if each.get("name") == "stdout")
+    )
+
+
+def test_it_works_under_pytest(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {"__name__": "a_script"}
+    exec(SCRIPT, names)
+    check_script(capsys.readouterr().out)
+    hf_pearl.release(names["target"])
+
+
 @pytest.mark.parametrize("way", ["-c", "stdin", "script"])
 def test_it_works_without_a_main_guard(way: str, tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
@@ -642,8 +667,7 @@ def test_it_works_without_a_main_guard(way: str, tmp_path: Path) -> None:
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
-    same, execution, accepted = json.loads(result.stdout)
-    assert same and execution == "processes" and accepted > 0
+    check_script(result.stdout)
 
 
 # -- what goes through the shared memory --------------------------------------------------------------------------

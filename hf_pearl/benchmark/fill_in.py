@@ -20,6 +20,7 @@ from typing import Any
 from .cache_table import cache_table
 from .efficiency_table import efficiency_table
 from .grid_tables import summary_table, titled_tables
+from .handover_table import handover_table
 from .markdown import markdown_table
 from .sampling_table import sampling_table
 
@@ -56,6 +57,8 @@ def saved_tables(root: Path, kind: str, pattern: str) -> str:
 def _table(saved: dict[str, Any]) -> str:
     if "decode_steps" in saved:
         return cache_table(saved)
+    if "handovers" in saved:
+        return handover_table(saved)
     if "efficiencies" in saved:
         return efficiency_table(saved)
     return sampling_table(saved) if "temperatures" in saved else markdown_table(saved)
