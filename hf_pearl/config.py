@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from .cache.backends import BACKENDS
 from .decoding.drafting import MAX_WIDTH
 from .device_arguments import Devices, check_apart, named_devices
 
@@ -56,6 +57,9 @@ class PearlConfig:
     cache_dtype : {"auto", "float8_e4m3fn"}
         Of cached keys and values: the model's own, or 8 bits with a scale per token and head. That is half the memory
         of bfloat16, and other answers: every cached value is off by up to 1/16 of itself.
+    attention : {"auto", "sdpa", "triton"}
+        What reads the caches: torch's scaled dot-product attention, or Triton kernels that follow block tables. "auto"
+        takes the kernels on CUDA, wherever they work, and says so at INFO level.
     prefix_cache : bool
         Keep keys and values between calls and find them again by prefix.
     cache_salt : str
@@ -80,6 +84,7 @@ class PearlConfig:
     verification: Literal["coupled", "rejection"] = "coupled"
     cache_memory: int | str = "auto"
     cache_dtype: Literal["auto", "float8_e4m3fn"] | torch.dtype = "auto"
+    attention: Literal["auto", "sdpa", "triton"] = "auto"
     prefix_cache: bool = True
     cache_salt: str = ""
     seed: int | None = None
@@ -98,6 +103,7 @@ class PearlConfig:
         _check_choice("execution", self.execution, _EXECUTIONS)
         _check_choice("verification", self.verification, ("coupled", "rejection"))
         _check_choice("cache_dtype", self.cache_dtype, ("auto", "float8_e4m3fn", torch.float8_e4m3fn))
+        _check_choice("attention", self.attention, BACKENDS)
         if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT:
             raise ValueError(
                 f"`cache_salt` must be a string of at most {MAX_SALT} characters, got {self.cache_salt!r}."

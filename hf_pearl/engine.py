@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .cache import PagedPrefixCache
+from .cache.backends import choose_kernels
 from .cache.sizing import CacheNeeds, num_blocks_for
 from .cache.support import check_supported
 from .config import PearlConfig
@@ -269,6 +270,8 @@ class PearlEngine:
             for model in models.values()
             for need in CacheNeeds.by_device(model, config.eight_bit_cache, num_key_value_heads(model))
         ]
+        for each in needs:
+            choose_kernels(config.attention, each.held)  # Refused now, not in the first forward.
         num_blocks = num_blocks_for(
             needs, config.cache_bytes, lambda device: self._share(device, list(models.values()))
         )
@@ -282,6 +285,7 @@ class PearlEngine:
                 cache.reset_pools()
                 self.learnt.forget_benefits()
             self._fingerprints[name] = now
+            self.caches[name].backend.use(config.attention)
 
 
 def _for_hooks(execution: Execution, config: PearlConfig, target: PreTrainedModel, draft: PreTrainedModel) -> Execution:

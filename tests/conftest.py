@@ -19,6 +19,10 @@ import hypothesis
 import psutil
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Read when Triton is imported first, whoever does.
+
 from jupyter_core.utils import ensure_event_loop
 
 BASE_SEED = int(os.environ.get("HF_PEARL_SEED", "0"))

@@ -39,6 +39,7 @@ from transformers.generation import logits_process
 
 import hf_pearl
 from hf_pearl import PearlConfig
+from hf_pearl.cache.backends import BACKENDS
 from hf_pearl.decoding.drafting import MAX_WIDTH
 from hf_pearl.decoding.messages import Admission, Grant, Removal, TokenTree, Verdict
 from hf_pearl.parallel import records, shared_memory
@@ -683,6 +684,7 @@ OPTIONS = st.builds(
     max_line=st.integers(1, 64),
     max_width=st.integers(1, 64),
     num_blocks=st.integers(1, 2**20),
+    attention=st.sampled_from(BACKENDS),
     processors=st.just([]),
 )
 MESSAGES = st.one_of(

@@ -334,7 +334,7 @@ def test_a_part_cannot_be_called_by_itself() -> None:
 
 
 OPERATIONS: list[Operation] = [
-    Begin(3, 10, 400, 16, False, True, True, "salt \udcff"),
+    Begin(3, 10, 400, 16, 2, False, True, True, "salt \udcff"),
     Admit(0, 80, 16, tuple(range(20))),
     Fork(0, 1, 20),
     Rollback(1, 3),

@@ -195,8 +195,9 @@ def test_nothing_is_unpickled_but_the_model_at_start_up() -> None:
 
 
 def test_remote_code_is_never_trusted_for_the_user() -> None:
-    keywords = {keyword.arg for path in SOURCES for _, _, node in calls_in(path) for keyword in node.keywords}
-    assert "dtype" in keywords and "trust_remote_code" not in keywords
+    keywords = [keyword for path in SOURCES for _, _, node in calls_in(path) for keyword in node.keywords]
+    trusting = [ast.unparse(keyword.value) for keyword in keywords if keyword.arg == "trust_remote_code"]
+    assert set(trusting) == {"False"}
 
 
 def test_remote_code_does_not_travel_to_a_worker() -> None:
@@ -227,7 +228,7 @@ def damaged(words: array[int], chance: random.Random) -> array[int]:
     return words
 
 
-OPTION_VALUES = records.CallOptions(64, 0, True, True, "", False, 32, 8, 512, False, [])
+OPTION_VALUES = records.CallOptions(64, 0, True, True, "", False, "auto", 32, 8, 512, False, [])
 WELL_FORMED = [
     records.encode_message(message)
     for message in (

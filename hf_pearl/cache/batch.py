@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..errors import PearlOutOfBlocksError
+from .backends import Backend
 from .block_pool import BlockPool
 from .paged_layer import EvenRows, PagedLayer, SlotPool, as_numbers, find_even_rows
 from .paged_sequence import PagedSequence
@@ -59,6 +60,7 @@ class BatchOfRows(Cache, ABC):
         self.batch_rows: list[PagedSequence] = []
         self._row_slots: RowSlots | None = None
         self._moves_from = 0
+        self.backend = Backend()
 
     @property
     @abstractmethod

@@ -24,6 +24,15 @@ def as_numbers(slots: Slots) -> torch.Tensor:
     return torch.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
 
 
+class Held(NamedTuple):
+    """What a layer's pools hold, as far as it decides who can read them."""
+
+    device: torch.device
+    dtype: torch.dtype
+    max_head_dim: int
+    eight_bit: bool
+
+
 class EvenRows(NamedTuple):
     """Where sequences lie whose first slots are `distance` apart, each in one run: they are read as one view."""
 
@@ -124,11 +133,14 @@ class PagedLayer(CacheLayerMixin):
         self.eight_bit = eight_bit
         self.num_tokens = 0
         self.pools: tuple[SlotPool, SlotPool] | None = None
+        self.held: Held | None = None
 
     def make_pools(self, num_slots: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Make the pools of keys and of values, to fit `(..., K, T, D)`."""
         self.pools = SlotPool(num_slots, key, self.eight_bit), SlotPool(num_slots, value, self.eight_bit)
         self.is_initialized = True
+        device, head_dims = self.pools[0].data.device, [pool.data.shape[3] for pool in self.pools]
+        self.held = Held(device, key.dtype, max(head_dims), self.eight_bit)
 
     def write(self, slots: Slots, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store `(1, K, T, D)` each."""

@@ -70,11 +70,9 @@ class PagedPrefixCache(BatchOfRows):
         check_arguments(config, max_blocks, block_size, eight_bit)
         super().__init__([PagedLayer(eight_bit) for _ in range(config.get_text_config().num_hidden_layers)])
         self.config = config
-        self.block_size = block_size
-        self.eight_bit = eight_bit
+        self.block_size, self.eight_bit = block_size, eight_bit
         self._max_blocks = max_blocks
-        self.index = PrefixIndex(block_size)
-        self.statistics = CacheStatistics()
+        self.index, self.statistics = PrefixIndex(block_size), CacheStatistics()
         self._settle(torch.device(device))
 
     def _settle(self, device: torch.device) -> None:

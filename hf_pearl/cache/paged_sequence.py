@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from .paged_layer import Slots
@@ -31,12 +33,14 @@ class PagedSequence:
         self.salt = salt
         self.expected_length = expected_length
         self._run_starts: list[int] = []  # places in the block table where a run of neighbours begins
+        self._numbers = array("i")  # the block table once more: copied into a kernel's tables without a loop
 
     def copy(self) -> PagedSequence:
         """The same sequence again."""
         copied = PagedSequence(self.salt, self.expected_length)
         copied.length = self.length
         copied.block_table, copied._run_starts = self.block_table.copy(), self._run_starts.copy()
+        copied._numbers = self._numbers[:]
         return copied
 
     @property
@@ -49,19 +53,25 @@ class PagedSequence:
         if not self.block_table or block != self.block_table[-1] + 1:
             self._run_starts.append(len(self.block_table))
         self.block_table.append(block)
+        self._numbers.append(block)
 
     def pop(self) -> int:
         """Take the last block off."""
         if self._run_starts[-1] == len(self.block_table) - 1:
             self._run_starts.pop()
+        self._numbers.pop()
         return self.block_table.pop()
 
     def replace(self, blocks: Sequence[int]) -> None:
         """Put `blocks` in the place of as many blocks at the start."""
         table = [*blocks, *self.block_table[len(blocks) :]]
-        self.block_table, self._run_starts = [], []
+        self.block_table, self._run_starts, self._numbers = [], [], array("i")
         for block in table:
             self.push(block)
+
+    def block_numbers(self) -> np.ndarray:
+        """The block table, int32; to be read at once, since blocks cannot come or go while the array exists."""
+        return np.frombuffer(self._numbers, dtype=np.int32) if self._numbers else np.empty(0, dtype=np.int32)
 
     def slots(self, block_size: int, start: int, end: int) -> Slots:
         """Where the tokens from position `start` to `end - 1` lie: a slice if their blocks are one run."""

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..model_devices import input_device, is_dispatched, layer_devices
+from .paged_layer import Held
 
 # Measured (docs/cache.md): blocks in runs cost the same at any size; smaller ones share and waste less memory.
 DEFAULT_BLOCK_SIZE = 16
@@ -64,6 +65,16 @@ class CacheNeeds(NamedTuple):
 
     def bytes_per_block(self, block_size: int = DEFAULT_BLOCK_SIZE) -> int:
         """Bytes of keys and values that one block of every layer takes."""
+        num_heads, *head_dims = self.heads
+        per_head = sum(dim + 4 if self.eight_bit else dim * self.dtype.itemsize for dim in head_dims)
+        num_layers = self.num_layers
+        if num_layers is None:
+            num_layers = self.config.get_text_config().num_hidden_layers
+        return num_layers * num_heads * per_head * block_size
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """How many heads a layer keeps, and the dimensions of their keys and of their values."""
         config = self.config.get_text_config()
         num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -73,10 +84,12 @@ class CacheNeeds(NamedTuple):
             key_dim, value_dim = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
         elif getattr(config, "multi_query", False):
             num_heads = 1
-        num_heads = self.num_heads or num_heads
-        per_head = sum(dim + 4 if self.eight_bit else dim * self.dtype.itemsize for dim in (key_dim, value_dim))
-        num_layers = config.num_hidden_layers if self.num_layers is None else self.num_layers
-        return num_layers * num_heads * per_head * block_size
+        return self.num_heads or num_heads, key_dim, value_dim
+
+    @property
+    def held(self) -> Held:
+        """What the layers' pools will hold."""
+        return Held(self.device, self.dtype, max(self.heads[1:]), self.eight_bit)
 
 
 def num_blocks_for(

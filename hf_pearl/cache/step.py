@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .paged_layer import Slots, as_numbers
+from .kernel_step import KernelStep
+from .paged_layer import Held, PagedLayer, Slots, as_numbers
 from .sdpa import SdpaPlan, Span, TreeMask, find_padded_rows
+from .step_tables import needs
 
 if TYPE_CHECKING:
     from .paged_prefix_cache import PagedPrefixCache
@@ -80,6 +82,7 @@ class PagedStep:
         self._may_read_beyond = may_read_beyond and len(sequences) > 1 and not cache.eight_bit
         # (sliding window, device) -> where new tokens go, and how to read: one plan for all layers that are alike.
         self._plans: dict[tuple[int | None, torch.device], tuple[Slots, SdpaPlan]] = {}
+        self._by_kernels: dict[Held, KernelStep | None] = {}
 
     def attend(
         self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Attention
@@ -89,6 +92,9 @@ class PagedStep:
         layer = self.cache.layers[layer_index]
         if layer.pools is None:
             layer.make_pools(self.cache.num_slots, key, value)
+        by_kernels = self._kernel_step(layer)
+        if by_kernels is not None:
+            return by_kernels.attend(layer, query, key, value, attention)
         window, device = attention.sliding_window, key.device
         planned = self._plans.get((window, device))
         if planned is None:
@@ -96,6 +102,20 @@ class PagedStep:
         write, plan = planned
         layer.write(write, key, value)
         return plan.attend(layer, query, attention)
+
+    def _kernel_step(self, layer: PagedLayer) -> KernelStep | None:
+        """What attends where kernels read what the layer holds; None: a plan does."""
+        held = layer.held
+        assert held is not None
+        if held not in self._by_kernels:
+            kernels, step = self.cache.backend.kernels(held), None
+            if kernels is not None:
+                limits, _ = needs(self.sequences, self.num_new, self.trees, self.cache.block_size)
+                tables = self.cache.backend.tables(limits, self.cache.block_size, held.device)
+                tables.fill(self.sequences, self.num_new, self.trees)
+                step = KernelStep(kernels, tables)
+            self._by_kernels[held] = step
+        return self._by_kernels[held]
 
     def read_by_row(self) -> None:
         """Read nothing but what each sequence attends to, from now on."""

@@ -156,6 +156,10 @@ class NoiseSource:
         noise = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
         return noise[first_position - indices.start * length :][:num_positions]
 
+    def row(self, position: int) -> tuple[int, int, int, int]:
+        """What a kernel needs to know of a position's noise: low and high word of the seed, stream, position."""
+        return self._seed & _MASK, self._seed >> 32, self._stream, position
+
     def _chunk(self, index: int) -> torch.Tensor:
         chunk = self._chunks.pop(index, None)
         if chunk is None:

@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList
 from .draft_distributions import DraftDistributions
 from .messages import Admission, Removal
 from .noise import DRAFT_STREAM, SHARED_STREAM, NoiseSource
+from .noisy_scores import Draw, noisy_scores
 from .processors import is_of_scores
 
 
@@ -81,7 +82,7 @@ class Proposer:
     def propose(self, logits: torch.Tensor, prefixes: Sequence[Prefix], num_guesses: int = 1) -> list[list[Guess]]:
         """The likeliest guesses per row of `logits` `(N, draft vocabulary)`; the first is the draft's own token."""
         scores = self._process(self._fit(logits), prefixes)  # (N, V)
-        noisy = scores + self._noise_rows(prefixes, scores.device) if self._samples(prefixes) else scores
+        noisy = noisy_scores(scores, self._draws(prefixes, scores.device)) if self._samples(prefixes) else scores
         if num_guesses == 1:
             chosen = noisy.argmax(dim=-1, keepdim=True)
         else:
@@ -125,13 +126,13 @@ class Proposer:
     def _samples(self, prefixes: Sequence[Prefix]) -> bool:
         return self._admissions[prefixes[0].request_id].seed is not None
 
-    def _noise_rows(self, prefixes: Sequence[Prefix], device: torch.device) -> torch.Tensor:
-        rows = []
+    def _draws(self, prefixes: Sequence[Prefix], device: torch.device) -> list[Draw]:
+        draws = []
         for request_id, length, _ in prefixes:
             if request_id not in self._noise:
                 seed = self._admissions[request_id].seed
                 if seed is None:
                     raise ValueError(f"request {request_id} is greedy among sampled ones")
                 self._noise[request_id] = NoiseSource(seed, self.vocab_size, device, self._stream)
-            rows.append(self._noise[request_id].rows(length, 1))
-        return torch.cat(rows)
+            draws.append(Draw(self._noise[request_id], length))
+        return draws

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .noisy_scores import Draw, noisy_max
 from .rejection import RejectionSampler
 from .request import Request
 from .rules import Rules
@@ -75,10 +76,8 @@ class Verifier:
         if self._sampler is not None:
             tokens = choose_by(self._sampler, scores, [(request, len(request.pending)) for request in waiting])
         else:
-            noise = None
-            if self.rules.do_sample:
-                noise = torch.cat([_noise(request) for request in waiting])
-            tokens = choose(scores, noise)
+            draws = [draw for request in waiting for draw in _draws(request)] if self.rules.do_sample else None
+            tokens = choose(scores, draws)
         first = 0
         for request in waiting:
             rows = {choice.behind: row for row, choice in enumerate(request.pending, start=first)}
@@ -128,19 +127,18 @@ class Slab:
         ]
         logits = torch.stack(rows).to(torch.float32)  # (R, V)
         scores = self.rules.processors(self._ids[:, : self.length].contiguous(), logits)
-        self._take(self._choose(scores, width), scores, logits)
+        self._take(self._choose(scores), scores, logits)
         self._stop(scores)
 
-    def _choose(self, scores: torch.Tensor, width: torch.Tensor) -> list[int]:
+    def _choose(self, scores: torch.Tensor) -> list[int]:
         if self._sampler is not None:
             rows = [row for row, request in enumerate(self.requests) if not request.finished]
             live = iter(choose_by(self._sampler, scores[rows], [(self.requests[row], 1) for row in rows]))
             return [0 if request.finished else next(live) for request in self.requests]
-        noise = None
+        draws = None
         if self.rules.do_sample:
-            blank = width.new_zeros(1, width.shape[0], dtype=torch.float32)
-            noise = torch.cat([blank if request.finished else _noise(request, 1) for request in self.requests])
-        return choose(scores, noise, [request.finished for request in self.requests])
+            draws = [Draw(None) if request.finished else _draws(request)[0] for request in self.requests]
+        return choose(scores, draws, [request.finished for request in self.requests])
 
     def _take(self, tokens: list[int], scores: torch.Tensor, logits: torch.Tensor) -> None:
         if self.length == self._ids.shape[1]:
@@ -174,7 +172,7 @@ class Slab:
             streamer.put(token_ids)
 
 
-def choose(scores: torch.Tensor, noise: torch.Tensor | None, ignored: Sequence[bool] = ()) -> list[int]:
+def choose(scores: torch.Tensor, draws: Sequence[Draw] | None, ignored: Sequence[bool] = ()) -> list[int]:
     """The target's choice per row of `scores` `(N, V)`; ties go to the lowest id.
 
     Raises
@@ -182,11 +180,11 @@ def choose(scores: torch.Tensor, noise: torch.Tensor | None, ignored: Sequence[b
     ValueError
         Sampling from scores that are no distribution (NaN, or every token excluded).
     """
-    if noise is None:
+    if draws is None:
         return scores.argmax(dim=-1).tolist()
-    best = (scores + noise).max(dim=-1)
-    check_finite(best.values, ignored)
-    return best.indices.tolist()
+    values, token_ids = noisy_max(scores, draws)
+    check_finite(values, ignored)
+    return token_ids.tolist()
 
 
 def choose_by(sampler: RejectionSampler, scores: torch.Tensor, counts: Sequence[tuple[Request, int]]) -> list[int]:
@@ -214,11 +212,9 @@ def record(request: Request, rules: Rules, scores: torch.Tensor, logits: torch.T
         request.logits.append(logits)
 
 
-def _noise(request: Request, num_choices: int | None = None) -> torch.Tensor:
-    """Of the position of every choice that waits, or of the first ones: guesses for one position share its noise."""
+def _draws(request: Request) -> list[Draw]:
+    """Of the position of every choice that waits: guesses for one position share its noise."""
     if request.noise is None:
         raise ValueError(f"request {request.request_id} has no noise to sample with")
-    depths = [choice.depth - request.pending[0].depth for choice in request.pending][:num_choices]
-    num_positions = max(depths) + 1
-    noise = request.noise.rows(len(request.verified), num_positions)
-    return noise if len(depths) == num_positions else noise[depths]
+    first = len(request.verified) - request.pending[0].depth
+    return [Draw(request.noise, first + choice.depth) for choice in request.pending]

@@ -92,4 +92,5 @@ class DraftServer:
             self.cache = new_cache(
                 self.model, options.num_blocks, eight_bit=options.eight_bit_cache, device=input_device(self.model)
             )
+        self.cache.backend.use(options.attention)
         return self.cache

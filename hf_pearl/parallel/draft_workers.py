@@ -142,6 +142,7 @@ class DraftWorker:
             config.prefix_cache,
             config.cache_salt,
             config.eight_bit_cache,
+            config.attention,
             max_line,
             config.max_draft_width,
             self.cache_blocks,

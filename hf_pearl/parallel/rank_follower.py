@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..cache import PagedPrefixCache
+from ..cache.backends import BACKENDS
 from ..cache.block_pool import BlockPool
 from ..decoding.messages import Window
 from ..errors import PearlOutOfBlocksError, PearlWorkerError
@@ -39,6 +40,7 @@ class Follower:
             assert isinstance(begin, Begin), begin
             if self._cache is None or begin.version != self._version:
                 self._cache, self._version = _cache(self._model, begin), begin.version
+            self._cache.backend.use(BACKENDS[begin.backend])
             lane = ModelLane(self._model, self._cache, begin.prefix_cache, begin.salt)
             with lane.ready():
                 for operation in itertools.takewhile(lambda each: not isinstance(each, End), operations):

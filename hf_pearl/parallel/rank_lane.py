@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..cache import PagedPrefixCache
+from ..cache.backends import BACKENDS
 from ..decoding.messages import Window
 from ..errors import PearlOutOfBlocksError, PearlWorkerError
 from .collectives import Collectives, RankError
@@ -202,6 +203,7 @@ class LeadingLane:
             cache.pool.num_blocks,
             cache.pool.max_blocks,
             cache.block_size,
+            BACKENDS.index(cache.backend.name),
             cache.eight_bit,
             self._lane.prefix_cache,
             self._leader.compares,

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from ..cache.backends import BACKENDS
 from ..decoding.messages import Branches, Window
 from .records import MalformedRecordError
 
@@ -20,13 +21,15 @@ class Begin(NamedTuple):
     """A call begins.
 
     `version` names what the cache holds: where it is new, the others begin with an empty cache of `num_blocks` blocks,
-    which may grow to `max_blocks`. With `compares` every forward ends with a comparison of all block tables.
+    which may grow to `max_blocks`. `backend` is a place among the cache's `BACKENDS`. With `compares` every forward
+    ends with a comparison of all block tables.
     """
 
     version: int
     num_blocks: int
     max_blocks: int
     block_size: int
+    backend: int
     eight_bit: bool
     prefix_cache: bool
     compares: bool
@@ -168,11 +171,17 @@ class _Reader:
     def rest(self) -> tuple[int, ...]:
         return self.take(self.num_left)
 
-    def flag(self) -> bool:
+    def below(self, limit: int) -> int:
         word = self.one()
-        if word not in (0, 1):
-            raise MalformedRecordError(f"a flag of {word}")
-        return bool(word)
+        if not 0 <= word < limit:
+            raise MalformedRecordError(f"{word} where a number below {limit} belongs")
+        return word
+
+    def backend(self) -> int:
+        return self.below(len(BACKENDS))
+
+    def flag(self) -> bool:
+        return bool(self.below(2))
 
     def text(self) -> str:
         try:
@@ -194,7 +203,9 @@ class _Reader:
 
 
 _DECODERS: dict[type[Operation], Callable[[_Reader], Operation]] = {
-    Begin: lambda r: Begin(r.one(), r.one(), r.one(), r.one(), r.flag(), r.flag(), r.flag(), r.text()),
+    Begin: lambda r: Begin(
+        r.one(), r.one(), r.one(), r.one(), r.below(len(BACKENDS)), r.flag(), r.flag(), r.flag(), r.text()
+    ),
     Admit: lambda r: Admit(r.one(), r.one(), r.one(), r.rest()),
     Fork: lambda r: Fork(r.one(), r.one(), r.one()),
     Rollback: lambda r: Rollback(r.one(), r.one()),

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..cache.backends import BACKENDS
 from ..decoding.messages import MAX_TREE_TOKENS, Admission, Grant, Removal, Rest, TokenTree, Verdict
 from ..errors import PearlWorkerError
 
@@ -45,6 +46,7 @@ class CallOptions(NamedTuple):
     prefix_cache: bool
     cache_salt: str
     eight_bit_cache: bool
+    attention: str
     max_line: int
     max_width: int
     num_blocks: int
@@ -208,6 +210,8 @@ def _decode_begin_call(words: Sequence[int]) -> BeginCall:
         _check(name, options[name], low, high)
     if not isinstance(options["cache_salt"], str):
         raise MalformedRecordError(f"`cache_salt` of a call is {options['cache_salt']!r}")
+    if options["attention"] not in BACKENDS:
+        raise MalformedRecordError(f"`attention` of a call is {options['attention']!r}")
     if not isinstance(options["processors"], list) or not all(isinstance(p, dict) for p in options["processors"]):
         raise MalformedRecordError("`processors` of a call is no list of objects")
     return BeginCall(number, CallOptions(**options))

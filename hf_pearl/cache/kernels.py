@@ -1,0 +1,217 @@
+"""What launches the Triton kernels: checks of dtype, stride and device, sizes of tiles, and how contexts are split.
+
+Nothing here reads a tensor of the device, so that every call may be captured in a CUDA graph.
+
+Shapes: `T` packed tokens, `H` query heads, `K` key-value heads, `D` head dimension (that of values may differ), `N`
+slots, `P` parts of a context.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+from .step_tables import Bounds, StepTables
+from .triton_attention import Constants
+from .triton_kernels import merge_parts_kernel, paged_attention_kernel, store_kernel
+
+if TYPE_CHECKING:
+    from .step import Attention
+
+IS_INTERPRETED = isinstance(store_kernel, InterpretedFunction)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, *((torch.float64,) if IS_INTERPRETED else ()))
+MAX_HEAD_DIM = 256
+MAX_PARTS = 32
+MIN_TILE, MAX_ROWS = 16, 64  # what products of matrices take at least; rows of a tile of queries
+PROGRAMS_PER_PROCESSOR = 2  # of a GPU, which contexts are split for
+
+
+def store(
+    key: torch.Tensor, value: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor, tables: StepTables
+) -> None:
+    """Copy new keys and values `(1, K, T, D)` to their tokens' slots in the pools `(1, K, N, D)`.
+
+    Raises
+    ------
+    ValueError
+        Tensors of unequal dtypes, on other devices, of unsupported dtype or head dimension, or more than the tables
+        are bounded by.
+    """
+    key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (key, value))
+    _check({"key": key, "value": value, "key_pool": key_pool, "value_pool": value_pool}, tables)
+    num_tokens = _num_tokens(tables, key)
+    key_dim, value_dim = key.shape[-1], value.shape[-1]
+    store_kernel[(num_tokens, key.shape[1])](
+        *(key, value, key_pool, value_pool, tables.on_device.slots),
+        *(key_dim, value_dim),
+        *(each.stride()[1:3] for each in (key, value, key_pool, value_pool)),
+        DIM_TILE=triton.next_power_of_2(max(key_dim, value_dim)),
+        num_warps=1,
+    )
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    tables: StepTables,
+    attention: Attention,
+    output: torch.Tensor | None = None,
+    num_parts: int | None = None,
+) -> torch.Tensor:
+    """Attention of the queries `(1, H, T, D)` of a step over the pools `(1, K, N, D)`, to `(1, T, H, D)`.
+
+    Parameters
+    ----------
+    output : torch.Tensor, optional
+        Written to instead of a new tensor; rows behind the step's tokens stay as they are.
+    num_parts : int, optional
+        Parts that every context is split into; by default as many as keep the device busy.
+
+    Raises
+    ------
+    ValueError
+        As `store`; also if the number of query heads is no multiple of that of key-value heads.
+    """
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    _check({"query": query, "key_pool": key_pool, "value_pool": value_pool}, tables)
+    num_tokens, sinks = _num_tokens(tables, query), attention.sinks
+    num_heads, num_kv_heads = query.shape[1], key_pool.shape[1]
+    launch = _launch(
+        Heads(num_heads, num_kv_heads, key_pool.shape[3], value_pool.shape[3], query.dtype, query.device),
+        attention._replace(sinks=None),
+        *(sinks is not None, tables.bounds, tables.block_size, num_parts),
+    )
+    shape = (1, query.shape[2], num_heads, value_pool.shape[3])
+    if output is None:
+        output = query.new_empty(shape)
+    elif output.shape != shape or output.dtype != query.dtype or not output.is_contiguous():
+        raise ValueError(f"`output` must be contiguous, {query.dtype} and of shape {shape}, got {output.shape}.")
+    parts = weights = output
+    if launch.num_parts > 1:
+        rows = shape[1] * num_heads * launch.num_parts
+        sums = query.new_empty(rows * (1 + shape[3]), dtype=torch.promote_types(query.dtype, torch.float32))
+        weights, parts = sums[:rows], sums[rows:]
+    sinks = query if sinks is None else sinks
+    paged_attention_kernel[launch.grid](
+        *(parts, weights, query, key_pool, value_pool, sinks, tables.on_device),
+        *(num_heads, launch.num_parts),
+        *(each.stride()[1:3] for each in (query, key_pool, value_pool)),
+        tables.on_device.block_tables.stride(0),
+        launch.constants,
+        num_warps=4,
+        num_stages=2,
+    )
+    if launch.num_parts > 1:
+        merge_parts_kernel[(num_tokens, num_heads)](
+            *(output, parts, weights, sinks, tables.on_device.query_starts),
+            *(tables.limits.num_sequences, num_heads, launch.num_parts),
+            *(MAX_PARTS, launch.constants),
+        )
+    return output
+
+
+class Heads(NamedTuple):
+    """What attention is over."""
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Launch(NamedTuple):
+    """How the attention kernel is launched."""
+
+    grid: tuple[int, int, int]
+    num_parts: int
+    constants: Constants
+
+
+@functools.lru_cache(maxsize=4096)  # asked for by every layer
+def _launch(
+    heads: Heads, attention: Attention, has_sinks: bool, bounds: Bounds, block_size: int, num_parts: int | None
+) -> Launch:
+    if heads.num_heads % heads.num_kv_heads:
+        raise ValueError(f"{heads.num_heads} query heads cannot share {heads.num_kv_heads} key-value heads evenly.")
+    group = heads.num_heads // heads.num_kv_heads
+    dim_tiles = [max(MIN_TILE, triton.next_power_of_2(dim)) for dim in (heads.key_dim, heads.value_dim)]
+    num_bytes = sum(dim_tiles) * heads.dtype.itemsize  # of a key and its value; a tile lies in the shared memory twice
+    num_rows = bounds.max_queries * group
+    row_tile = max(MIN_TILE if num_rows <= MIN_TILE else MAX_ROWS, triton.next_power_of_2(group))
+    constants = Constants(
+        scaling=float(attention.scaling),
+        softcap=float(attention.softcap or 0.0),
+        window=attention.sliding_window or 0,
+        has_sinks=has_sinks,
+        has_trees=bounds.has_trees,
+        is_split=False,
+        group=group,
+        block_size=block_size,
+        key_dim=heads.key_dim,
+        value_dim=heads.value_dim,
+        row_tile=row_tile,
+        key_tile=64 if num_bytes <= 512 else 32 if num_bytes <= 1024 else MIN_TILE,
+        key_dim_tile=dim_tiles[0],
+        value_dim_tile=dim_tiles[1],
+        factor_dtype=_factor_dtype(heads.dtype),
+        sum_dtype=tl.float64 if heads.dtype == torch.float64 else tl.float32,
+    )
+    num_tiles = triton.cdiv(bounds.max_queries, row_tile // group)
+    if num_parts is None:
+        num_keys = bounds.max_keys
+        if constants.window:
+            num_keys = min(num_keys, constants.window + bounds.max_queries)
+        num_programs = bounds.num_sequences * num_tiles * heads.num_kv_heads
+        num_parts = _num_parts(num_programs, num_keys // constants.key_tile, heads.device)
+    grid = bounds.num_sequences, num_tiles, heads.num_kv_heads * num_parts
+    return Launch(grid, num_parts, constants._replace(is_split=num_parts > 1))
+
+
+def _num_parts(num_programs: int, num_key_tiles: int, device: torch.device) -> int:
+    """Parts of a context: as many as keep the device busy, and at least two tiles of keys each."""
+    if device.type != "cuda":
+        return 1
+    num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = num_processors * PROGRAMS_PER_PROCESSOR // num_programs
+    return max(1, min(wanted, num_key_tiles // 2, MAX_PARTS))
+
+
+def _factor_dtype(dtype: torch.dtype) -> tl.dtype:
+    if IS_INTERPRETED and dtype != torch.float64:
+        return tl.float32
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def _num_tokens(tables: StepTables, packed: torch.Tensor) -> int:
+    """Tokens that kernels are launched for."""
+    num_tokens = tables.bounds.num_tokens
+    if num_tokens > packed.shape[2]:
+        raise ValueError(f"the step has up to {num_tokens} tokens, got {packed.shape[2]} packed ones.")
+    return num_tokens
+
+
+def _check(tensors: dict[str, torch.Tensor], tables: StepTables) -> None:
+    """Refuse what the kernels would misread."""
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(f"queries, keys, values and pools must be of one dtype, got {dtypes}.")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"`{name}` must be of one of {', '.join(map(str, DTYPES))}, got {tensor.dtype}.")
+        if tensor.ndim != 4 or tensor.shape[0] != 1 or tensor.stride(-1) != 1:
+            raise ValueError(
+                f"`{name}` must be (1, heads, tokens, head dim) with a head's numbers side by side, got the shape "
+                f"{tuple(tensor.shape)} with strides {tensor.stride()}."
+            )
+        if tensor.shape[-1] > MAX_HEAD_DIM:
+            raise ValueError(f"heads of `{name}` have {tensor.shape[-1]} dimensions; there may be {MAX_HEAD_DIM}.")
+        if tensor.device != tables.device and not IS_INTERPRETED:
+            raise ValueError(f"`{name}` is on {tensor.device}, the tables of the step are on {tables.device}.")
