@@ -21,6 +21,7 @@ from .decoding.calibration import Calibration
 from .decoding.draft_distributions import LocalDistributions
 from .decoding.drafting import MAX_LINE, Drafter
 from .decoding.loop import DecodingLoop
+from .decoding.messages import Admission
 from .decoding.noise import NoiseSource, request_seed
 from .decoding.processors import copies_on, draft_processors
 from .decoding.proposal import Proposer
@@ -32,9 +33,9 @@ from .decoding.verification import Verifier
 from .fingerprint import fingerprint
 from .interrupts import KeptInterrupts
 from .learnt import Learnt, Runner
-from .model_devices import input_device, share_hooks
+from .model_devices import input_device
 from .parallel.cores import SharedCores, leaving_cores
-from .parallel.draft_workers import DraftWorkers, Execution
+from .parallel.draft_workers import DraftWorkers, Execution, for_hooks
 from .parallel.inline import InlineDraft
 from .parallel.lane import output_vocab_size
 from .parallel.memory import cache_share
@@ -192,7 +193,7 @@ class PearlEngine:
         if execution is None:
             yield None
             return
-        stats.execution = execution = _for_hooks(execution, config, target_lane.model, draft)
+        stats.execution = execution = for_hooks(execution, config, target_lane.model, draft)
         vocab_size = output_vocab_size(target_lane.model)
         cores.leave(1 if execution == "processes" else 0)
         runner = self._runner(execution, draft, vocab_size, rules, config, interrupts)
@@ -240,8 +241,9 @@ class PearlEngine:
     @staticmethod
     def _admit(runner: Runner, draft: PreTrainedModel, requests: Sequence[Request]) -> None:
         longest = getattr(draft.config.get_text_config(), "max_position_embeddings", None) or 2**31
-        for request in requests:
-            runner.send(request.admission(longest))
+        for each in requests:
+            length = min(each.max_length, longest)
+            runner.send(Admission(each.request_id, tuple(each.verified), length, each.num_padding, each.seed))
 
     @staticmethod
     def _report(runner: Runner, loop: DecodingLoop, stats: PearlStats) -> None:
@@ -286,15 +288,3 @@ class PearlEngine:
                 self.learnt.forget_benefits()
             self._fingerprints[name] = now
             self.caches[name].backend.use(config.attention)
-
-
-def _for_hooks(execution: Execution, config: PearlConfig, target: PreTrainedModel, draft: PreTrainedModel) -> Execution:
-    """`execution`, or "inline" where both models pass through the same hooks of accelerate, which serve one thread."""
-    if execution != "threads" or not share_hooks(target, draft):
-        return execution
-    if config.execution == "threads":
-        raise ValueError(
-            '`execution="threads"` cannot run a draft that shares modules with its target which accelerate has '
-            'dispatched: their hooks load weights for one thread at a time. Use `execution="inline"` or "auto".'
-        )
-    return "inline"

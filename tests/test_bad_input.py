@@ -139,6 +139,9 @@ def check_calls(pair: tuple[PreTrainedModel, PreTrainedModel], number: int, seed
         before = state(pair, arguments)
         found = outcome(target, {"assistant_model": draft, **arguments, "pearl": config})
         assert state(pair, arguments) == before, arguments
+        if arguments["max_new_tokens"] is math.nan:
+            assert isinstance(found, TYPED), arguments  # `generate` itself would never end.
+            continue
         plain = outcome(target, {name: value for name, value in arguments.items() if name != "assistant_model"})
         if isinstance(found, Exception):
             num_refused += 1
@@ -171,8 +174,8 @@ def check_settings(number: int, seed: int) -> None:
 
 
 def test_a_thousand_hostile_calls(pair: tuple[PreTrainedModel, PreTrainedModel], seed: int) -> None:
-    check_calls(pair, 700, seed)
-    check_settings(300, seed)
+    check_calls(pair, 500, seed)
+    check_settings(500, seed)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from .guesses import Guesses
-from .messages import Admission
 from .noise import NoiseSource
 
 
@@ -92,11 +91,6 @@ class Request:
 
     def __post_init__(self) -> None:
         self.num_told = len(self.verified)
-
-    def admission(self, longest: int) -> Admission:
-        """What the draft hears of it, whose texts are `longest` tokens long at most."""
-        max_length = min(self.max_length, longest)
-        return Admission(self.request_id, tuple(self.verified), max_length, self.num_padding, self.seed)
 
     @property
     def num_padding(self) -> int:

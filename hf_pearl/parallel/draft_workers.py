@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..config import PearlConfig
 from ..decoding.drafting import MAX_LINE
 from ..fingerprint import fingerprint
-from ..model_devices import input_device
+from ..model_devices import input_device, share_hooks
 from .cores import available_cores, cores_for_worker
 from .linked_draft import LinkedDraft
 from .processes import POLL_SECONDS, ProcessDraft
@@ -162,10 +162,7 @@ class DraftWorker:
             `model` has become one that cannot be loaded in another process.
         """
         now = known_as or fingerprint(model)
-        if now == self._fingerprint:
-            return
-        if isinstance(self._process, LinkedDraft):
-            self._fingerprint = now
+        if now == self._fingerprint or isinstance(self._process, LinkedDraft):
             return
         reason = can_ship(model)
         shipment, tensors = pack(model) if reason is None else (None, [])
@@ -288,3 +285,15 @@ class DraftWorkers:
         worker, self.worker = self.worker, None
         if worker is not None:
             worker.close()
+
+
+def for_hooks(execution: Execution, config: PearlConfig, target: PreTrainedModel, draft: PreTrainedModel) -> Execution:
+    """`execution`, or "inline" where both models pass through the same hooks of accelerate, which serve one thread."""
+    if execution != "threads" or not share_hooks(target, draft):
+        return execution
+    if config.execution == "threads":
+        raise ValueError(
+            '`execution="threads"` cannot run a draft that shares modules with its target which accelerate has '
+            'dispatched: their hooks load weights for one thread at a time. Use `execution="inline"` or "auto".'
+        )
+    return "inline"
