@@ -15,6 +15,8 @@ from .decoding.stats import PearlStats
 from .enabling import disable, enable
 from .errors import PearlError, PearlOutOfBlocksError, PearlUnsupportedModelError, PearlWorkerError
 from .generation import PearlGenerationMixin
+from .launched_pair import LaunchedPair
+from .launching import launch
 from .outputs import PearlGenerateOutput
 from .pair import load_demo_pair
 from .plan import Plan, plan
@@ -26,6 +28,7 @@ from .tuning import Tuning, tune
 __version__ = "0.1.0"
 
 __all__ = [
+    "LaunchedPair",
     "PagedPrefixCache",
     "PearlConfig",
     "PearlError",
@@ -42,6 +45,7 @@ __all__ = [
     "clear_cache",
     "disable",
     "enable",
+    "launch",
     "load_demo_pair",
     "load_smollm2_pair",
     "plan",

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionMaskInterface",
     "attention_configs",
     "cache_argument",
+    "compute_buffers",
     "eager_attention",
     "effective_generation_config",
     "keys_left_in_place",
@@ -60,6 +62,19 @@ def pad_token_id(generation_config: GenerationConfig) -> int | None:
     """The pad token that `generate` has resolved for this call."""
     tensor = generation_config._pad_token_tensor
     return None if tensor is None else int(tensor.flatten()[0])
+
+
+def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Give a model that was built without memory its buffers, computed anew from the configuration.
+
+    That is what `from_pretrained` does; weights without memory stay as they are.
+    """
+    with torch.no_grad():
+        for module in all_modules(model):
+            buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+            if buffers:
+                module._buffers.update({name: torch.empty_like(each, device=device) for name, each in buffers.items()})
+                model._init_weights(module)
 
 
 def supports_attention_interface(model: PreTrainedModel) -> bool:

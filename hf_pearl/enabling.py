@@ -37,6 +37,12 @@ def enable(model: Any = None) -> None:
             inner.generate = functools.partial(_generate_of_one_model, inner)
 
 
+def enable_pair(target: Any, draft: Any) -> None:
+    """`enable(target)`, and let `draft` and `pearl=True` be what its `generate` does unless told otherwise."""
+    with _lock:
+        target.generate = functools.partial(_generate_of_pair, target, draft)
+
+
 def disable(model: Any = None) -> None:
     """Undo `enable`, with the same argument; harmless where nothing was enabled."""
     with _lock:
@@ -63,7 +69,7 @@ def enabled(model: Any) -> Iterator[None]:
 
 
 def _is_enabled(model: Any) -> bool:
-    return getattr(vars(model).get("generate"), "func", None) is _generate_of_one_model
+    return getattr(vars(model).get("generate"), "func", None) in (_generate_of_one_model, _generate_of_pair)
 
 
 def _with_pearl(original: Any) -> Any:
@@ -80,3 +86,10 @@ def _generate_of_one_model(self: Any, *args: Any, pearl: bool | PearlConfig | No
     of_class = type(self).generate
     original = getattr(of_class, "hf_pearl_original", of_class)  # Where every model is enabled too.
     return pearl_generate(types.MethodType(original, self), self, pearl, args, kwargs)
+
+
+def _generate_of_pair(self: Any, draft: Any, *args: Any, pearl: bool | PearlConfig = True, **kwargs: Any) -> Any:
+    """transformers' `generate`, with `pearl`, which is on, and a draft; without it there is no draft either."""
+    if pearl:
+        kwargs.setdefault("assistant_model", draft)
+    return _generate_of_one_model(self, *args, pearl=pearl, **kwargs)

@@ -28,7 +28,7 @@ from .decoding.proposal import Proposer
 from .decoding.rejection import RejectionSampler
 from .decoding.request import Request
 from .decoding.rules import Rules
-from .decoding.stats import PearlStats, overlap
+from .decoding.stats import PearlStats
 from .decoding.verification import Verifier
 from .fingerprint import fingerprint
 from .interrupts import KeptInterrupts
@@ -37,9 +37,11 @@ from .model_devices import input_device
 from .parallel.cores import SharedCores, leaving_cores
 from .parallel.draft_workers import DraftWorkers, Execution, for_hooks
 from .parallel.inline import InlineDraft
-from .parallel.lane import ModelLane, output_vocab_size
+from .parallel.lane import output_vocab_size
 from .parallel.memory import cache_share
 from .parallel.probe import check_computed
+from .parallel.rank_lane import Lane, assemble_ranks, new_cache, new_lane, num_ranks
+from .parallel.tensor_parallel import num_key_value_heads
 from .parallel.threads import ThreadDraft
 
 logger = logging.get_logger(__name__)
@@ -95,12 +97,12 @@ class PearlEngine:
             cache = self.caches["target"]
             num_evicted = cache.statistics.evicted_blocks
             requests = self._requests(target, prompts, rules, call_seed)
-            target_lane = ModelLane(target, cache, config.prefix_cache, config.cache_salt)
+            target_lane = new_lane(target, cache, config.prefix_cache, config.cache_salt)
             with (
                 KeptInterrupts() as interrupts,
                 self._sound_caches(),
                 target_lane.ready(),
-                leaving_cores() as cores,
+                leaving_cores(num_ranks(target)) as cores,
                 self._draft(target_lane, draft, requests, rules, config, stats, cores, interrupts) as runner,
                 interrupts.let_through(),
             ):
@@ -173,7 +175,7 @@ class PearlEngine:
     @contextmanager
     def _draft(
         self,
-        target_lane: ModelLane,
+        target_lane: Lane,
         draft: PreTrainedModel | None,
         requests: Sequence[Request],
         rules: Rules,
@@ -188,6 +190,9 @@ class PearlEngine:
             return
         num_blocks = self.caches["draft"].pool.max_blocks
         execution = self.workers.choose(config, draft, self._fingerprints["draft"], num_blocks)
+        if execution is None:
+            yield None
+            return
         stats.execution = execution = for_hooks(execution, config, target_lane.model, draft)
         vocab_size = output_vocab_size(target_lane.model)
         cores.leave(1 if execution == "processes" else 0)
@@ -219,7 +224,7 @@ class PearlEngine:
         free_running = config.draft_length == "auto" and config.overlap
         if execution == "processes" and self.workers.worker is not None:
             return self.workers.worker.call(vocab_size, processors, pad_token_id, free_running, config)
-        lane = ModelLane(draft, self.caches["draft"], config.prefix_cache, config.cache_salt)
+        lane = new_lane(draft, self.caches["draft"], config.prefix_cache, config.cache_salt)
         if lane.device != self.caches["target"].device:
             processors = copies_on(lane.device, processors)
         distributions = LocalDistributions(MAX_LINE) if config.verification == "rejection" else None
@@ -242,14 +247,7 @@ class PearlEngine:
 
     @staticmethod
     def _report(runner: Runner, loop: DecodingLoop, stats: PearlStats) -> None:
-        report = runner.finish()
-        stats.draft_steps = report.num_steps
-        stats.drafted_tokens = report.num_drafted
-        stats.wasted_draft_tokens = report.num_drafted - (stats.accepted_tokens - stats.accepted_looked_up_tokens)
-        stats.draft_prefilled_tokens = report.num_prefilled
-        intervals = [(step.started, step.ended) for step in report.timeline]
-        stats.draft_seconds = sum(end - start for start, end in intervals)
-        stats.overlap_seconds = overlap(loop.intervals, intervals)
+        stats.add_draft(runner.finish(), loop.intervals)
         if runner.error is not None:
             logger.warning(
                 f"The draft lane failed, and the call went on without it: {type(runner.error).__name__}: {runner.error}"
@@ -267,8 +265,13 @@ class PearlEngine:
         models = {"target": target} if draft is None else {"target": target, "draft": draft}
         for model in models.values():
             check_supported(model)
+            assemble_ranks(model)
             check_computed(model)
-        needs = [need for model in models.values() for need in CacheNeeds.by_device(model, config.eight_bit_cache)]
+        needs = [
+            need
+            for model in models.values()
+            for need in CacheNeeds.by_device(model, config.eight_bit_cache, num_key_value_heads(model))
+        ]
         for each in needs:
             choose_kernels(config.attention, each.held)  # Refused now, not in the first forward.
         num_blocks = num_blocks_for(
@@ -279,7 +282,7 @@ class PearlEngine:
             device = input_device(model)
             made_for = device, num_blocks, config.eight_bit_cache
             if cache is None or (cache.device, cache.pool.max_blocks, cache.eight_bit) != made_for:
-                self.caches[name] = PagedPrefixCache(model.config, num_blocks, eight_bit=made_for[2], device=device)
+                self.caches[name] = new_cache(model, num_blocks, eight_bit=made_for[2], device=device)
             elif now != self._fingerprints.get(name):
                 cache.reset_pools()
                 self.learnt.forget_benefits()

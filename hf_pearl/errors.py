@@ -12,7 +12,7 @@ class PearlOutOfBlocksError(PearlError):
 
 
 class PearlUnsupportedModelError(PearlError, NotImplementedError):
-    """A model, or one of its layers, that the paged cache cannot hold."""
+    """A model, or one of its layers, that the paged cache cannot hold, or that cannot be cut over ranks."""
 
 
 class PearlWorkerError(PearlError):

@@ -66,6 +66,11 @@ class Backend:
         self._chosen: dict[Held, Kernels | None] = {}
         self._tables: dict[torch.device, StepTables] = {}
 
+    @property
+    def name(self) -> str:
+        """The one of `BACKENDS` that was asked for."""
+        return self._name
+
     def use(self, name: str) -> None:
         """Have the cache read by one of `BACKENDS` from the next step on."""
         assert name in BACKENDS

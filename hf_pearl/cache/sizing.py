@@ -35,6 +35,8 @@ class CacheNeeds(NamedTuple):
         Whether they are: a byte a value, and a float32 scale per token and head.
     num_layers : int or None
         Those on this device; None: all of the model.
+    num_heads : int, optional
+        Key-value heads of a layer here, where the model is a part of the configured one.
     """
 
     config: PreTrainedConfig
@@ -42,16 +44,20 @@ class CacheNeeds(NamedTuple):
     device: torch.device
     eight_bit: bool = False
     num_layers: int | None = None
+    num_heads: int | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, eight_bit: bool = False) -> CacheNeeds:
+    def of(cls, model: PreTrainedModel, eight_bit: bool = False, num_heads: int | None = None) -> CacheNeeds:
         """Those of a model on one device."""
-        return cls(model.config, model.get_input_embeddings().weight.dtype, input_device(model), eight_bit)
+        dtype = model.get_input_embeddings().weight.dtype
+        return cls(model.config, dtype, input_device(model), eight_bit, None, num_heads)
 
     @classmethod
-    def by_device(cls, model: PreTrainedModel, eight_bit: bool = False) -> list[CacheNeeds]:
+    def by_device(
+        cls, model: PreTrainedModel, eight_bit: bool = False, num_heads: int | None = None
+    ) -> list[CacheNeeds]:
         """Those of a model, for every device that has layers of it."""
-        whole = cls.of(model, eight_bit)
+        whole = cls.of(model, eight_bit, num_heads)
         if not is_dispatched(model):
             return [whole]
         on = Counter(layer_devices(model))
@@ -78,7 +84,7 @@ class CacheNeeds(NamedTuple):
             key_dim, value_dim = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
         elif getattr(config, "multi_query", False):
             num_heads = 1
-        return num_heads, key_dim, value_dim
+        return self.num_heads or num_heads, key_dim, value_dim
 
     @property
     def held(self) -> Held:

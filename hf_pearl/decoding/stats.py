@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .messages import DraftReport
+
 Interval = tuple[float, float]
 
 
@@ -109,6 +111,16 @@ class PearlStats:
         self.stood_at[place] += stood
         self.accepted_tokens += stood
         self.accepted_looked_up_tokens += stood and is_looked_up
+
+    def add_draft(self, report: DraftReport, target_intervals: Sequence[Interval]) -> None:
+        """Count what the draft did, when all else is counted."""
+        self.draft_steps = report.num_steps
+        self.drafted_tokens = report.num_drafted
+        self.wasted_draft_tokens = report.num_drafted - (self.accepted_tokens - self.accepted_looked_up_tokens)
+        self.draft_prefilled_tokens = report.num_prefilled
+        intervals = [(step.started, step.ended) for step in report.timeline]
+        self.draft_seconds = sum(end - start for start, end in intervals)
+        self.overlap_seconds = overlap(target_intervals, intervals)
 
 
 def overlap(first: Sequence[Interval], second: Sequence[Interval]) -> float:

@@ -23,11 +23,22 @@ def cores_for_worker(num_threads: int) -> list[int]:
 
 
 class SharedCores:
-    """The cores that torch's arithmetic in this process takes, of which it may leave some to others."""
+    """The cores that torch's arithmetic in this process takes, of which it may leave some to others.
 
-    def __init__(self) -> None:
-        self._num_threads = torch.get_num_threads()
+    Where a model lies on several ranks, each has its share of them.
+    """
+
+    def __init__(self, num_ranks: int = 1) -> None:
+        self._before = self._num_threads = torch.get_num_threads()
         self.num_left = 0
+        if num_ranks > 1:
+            self._num_threads = min(self._before, max(1, len(available_cores()) // num_ranks))
+            self.leave(0)
+
+    def restore(self) -> None:
+        """Take what was taken before."""
+        if torch.get_num_threads() != self._before:
+            torch.set_num_threads(self._before)
 
     def leave(self, num_left: int) -> None:
         """Leave `num_left` cores to others; 0 takes them back."""
@@ -39,10 +50,10 @@ class SharedCores:
 
 
 @contextmanager
-def leaving_cores() -> Iterator[SharedCores]:
+def leaving_cores(num_ranks: int = 1) -> Iterator[SharedCores]:
     """A scope in which cores may be left to others; they are taken back at its end."""
-    cores = SharedCores()
+    cores = SharedCores(num_ranks)
     try:
         yield cores
     finally:
-        cores.leave(0)
+        cores.restore()

@@ -15,8 +15,10 @@ from ..decoding.drafting import MAX_LINE
 from ..fingerprint import fingerprint
 from ..model_devices import input_device, share_hooks
 from .cores import available_cores, cores_for_worker
+from .linked_draft import LinkedDraft
 from .processes import POLL_SECONDS, ProcessDraft
 from .processor_specs import encode_processors
+from .rank_models import link_of, rank_model_of
 from .records import BeginCall, CallOptions, Clear
 from .shipping import can_ship, pack
 from .worker_process import WorkerProcess
@@ -25,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 MAX_FAILURES = 3
 Execution = Literal["inline", "threads", "processes"]
+_INSTEAD = {"threads": "a thread serves", None: "decoding goes on without it"}
 
 
 class DraftWorker:
@@ -61,18 +64,25 @@ class DraftWorker:
     ) -> None:
         self.cache_blocks = cache_blocks
         self._num_threads = num_threads
-        self._cores = cores_for_worker(num_threads) if cores is None else list(cores)
+        ranks = rank_model_of(model)  # It starts the others, on the same cores.
+        num_cores = num_threads * (1 if ranks is None else ranks.size)
+        self._cores = cores_for_worker(num_cores) if cores is None else list(cores)
         self._num_calls = 0
         self._start(model, known_as or fingerprint(model))
 
     def _start(self, model: PreTrainedModel, now: Hashable) -> None:
+        self._fingerprint: Hashable = now
+        self._process: WorkerProcess | LinkedDraft
+        linked = link_of(model)
+        if linked is not None:  # It runs in another rank of the job, and ends with that.
+            self._process, self._finalizer = linked, weakref.finalize(self, lambda: None)
+            return
         reason = can_ship(model)
         if reason is not None:
             raise ValueError(
                 f'`execution="processes"` cannot run this {type(model).__name__} as draft: {reason}. Use '
                 '`execution="threads"` or "auto".'
             )
-        self._fingerprint: Hashable = now
         self._process = WorkerProcess(*pack(model), self._num_threads, self._cores)
         self._finalizer = weakref.finalize(self, self._process.end)
 
@@ -152,7 +162,7 @@ class DraftWorker:
             `model` has become one that cannot be loaded in another process.
         """
         now = known_as or fingerprint(model)
-        if now == self._fingerprint:
+        if now == self._fingerprint or isinstance(self._process, LinkedDraft):
             return
         reason = can_ship(model)
         shipment, tensors = pack(model) if reason is None else (None, [])
@@ -187,8 +197,12 @@ class DraftWorkers:
         self._unshippable: tuple[Hashable, str | None] | None = None
         self._has_said = False
 
-    def choose(self, config: PearlConfig, draft: PreTrainedModel, known_as: Hashable, num_blocks: int) -> Execution:
+    def choose(
+        self, config: PearlConfig, draft: PreTrainedModel, known_as: Hashable, num_blocks: int
+    ) -> Execution | None:
         """How the draft lane of a call runs; with "processes", `worker` is there and up to date.
+
+        None if it does not: of a draft over several ranks, which have failed, nothing is in this process.
 
         Parameters
         ----------
@@ -203,11 +217,17 @@ class DraftWorkers:
             `execution="processes"` with a draft that no other process can load.
         """
         execution = config.execution if config.execution != "auto" else self._best(config, draft, known_as)
+        is_elsewhere = rank_model_of(draft) is not None
+        otherwise: Execution | None = None if is_elsewhere else "threads"
+        if execution != "processes" and is_elsewhere:
+            raise ValueError(
+                f'`execution={execution!r}` cannot run a draft over several ranks, which needs "processes" or "auto".'
+            )
         if execution != "processes":
             return execution
-        self._replace_what_failed()
+        self._replace_what_failed(is_elsewhere)
         if self._num_failures >= MAX_FAILURES:
-            return "threads"
+            return otherwise
         try:
             if self.worker is None:
                 self.worker = DraftWorker(draft, num_blocks, known_as=known_as)
@@ -215,14 +235,14 @@ class DraftWorkers:
             self.worker.cache_blocks = num_blocks
         except OSError as error:
             self._num_failures = MAX_FAILURES
-            logger.warning(f"No worker process for the draft model could be started, a thread serves: {error}")
-            return "threads"
+            logger.warning(f"No worker process for the draft model could be started, {_INSTEAD[otherwise]}: {error}")
+            return otherwise
         except ValueError:
             self._end_worker()
             raise
         return "processes"
 
-    def _replace_what_failed(self) -> None:
+    def _replace_what_failed(self, is_elsewhere: bool) -> None:
         worker = self.worker
         if worker is None:
             return
@@ -232,10 +252,13 @@ class DraftWorkers:
             return
         self._num_failures += MAX_FAILURES if worker.could_not_start else 1
         if self._num_failures >= MAX_FAILURES:
-            logger.warning(f"A thread serves instead of the draft model's process: {worker.why_it_ended()}")
+            what = "The draft runs no more" if is_elsewhere else "A thread serves instead of the draft model's process"
+            logger.warning(f"{what}: {worker.why_it_ended()}")
         self._end_worker()
 
     def _best(self, config: PearlConfig, draft: PreTrainedModel, known_as: Hashable) -> Execution:
+        if rank_model_of(draft) is not None:
+            return "processes"
         if input_device(draft).type != "cpu":
             return "threads"
         if not config.overlap or len(available_cores()) == 1:

@@ -15,16 +15,16 @@ from transformers import PreTrainedModel
 from ..cache.support import TESTED_FAMILIES
 from ..models import all_modules
 
-_KNOWN_PACKAGES = ("torch", "transformers")
+_KNOWN_PACKAGES = ("torch", "transformers", "hf_pearl")
 _PLAIN = frozenset({torch.nn.Parameter, type(None)})
 
 
 def may_use_inference_mode(model: PreTrainedModel) -> bool:
     """Whether nothing that is computed in a forward of `model` is kept in it or shown to anybody.
 
-    Known to be so for the families of docs/models.md, made of torch's and transformers' own modules with plain weights
-    (quantised ones may be converted in the first forward), without hooks when a call begins, and with no forward
-    replaced (accelerate, torch.compile) or weight computed (torch.nn.utils.parametrize, which may keep it).
+    Known to be so for the families of docs/models.md, made of torch's, transformers' and our own modules with plain
+    weights (quantised ones may be converted in the first forward), without hooks when a call begins, and with no
+    forward replaced (accelerate, torch.compile) or weight computed (torch.nn.utils.parametrize, which may keep it).
     """
     return (
         model.config.get_text_config().model_type in TESTED_FAMILIES

@@ -8,7 +8,7 @@ import torch
 
 from ..decoding.drafting import Drafter
 from ..decoding.messages import Admission, DraftReport, Removal, TokenTree, Verdict
-from .lane import ModelLane
+from .rank_lane import Lane
 
 
 class InlineDraft:
@@ -19,7 +19,7 @@ class InlineDraft:
     is_starting = False
     error: BaseException | None = None  # An error of the draft reaches the caller at once.
 
-    def __init__(self, drafter: Drafter, lane: ModelLane) -> None:
+    def __init__(self, drafter: Drafter, lane: Lane) -> None:
         self._drafter = drafter
         self._scope = ExitStack()
         self._scope.enter_context(lane.ready())

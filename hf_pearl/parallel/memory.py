@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..cache import PagedPrefixCache
 from ..cache.sizing import DEFAULT_BLOCK_SIZE, free_cuda_memory, memory_share
 from ..decoding.loop import MAX_TOKENS_PER_FORWARD
 from ..decoding.messages import Window
 from ..model_devices import devices_of, input_device
-from .lane import ModelLane
+from .rank_lane import new_cache, new_lane
 
 CUDA_SHARE = 0.9
 
@@ -33,9 +32,7 @@ def cache_share(device: torch.device, models: Sequence[PreTrainedModel]) -> int:
 def _peak_forward_bytes(model: PreTrainedModel, device: torch.device) -> int:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS_PER_FORWARD
     num_tokens = min(longest, MAX_TOKENS_PER_FORWARD)
-    lane = ModelLane(
-        model, PagedPrefixCache(model.config, -(-num_tokens // DEFAULT_BLOCK_SIZE), device=input_device(model))
-    )
+    lane = new_lane(model, new_cache(model, -(-num_tokens // DEFAULT_BLOCK_SIZE), device=input_device(model)))
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -9,6 +9,7 @@ import torch
 
 from ..decoding.messages import Admission, DraftReport, DraftStep, Grant, Removal, Rest, TokenTree, Verdict
 from ..errors import PearlWorkerError
+from .linked_draft import LinkedDraft
 from .records import MAX_COUNT, BeginCall, EndCall, MalformedRecordError, Message, Status, decode_tree
 from .shared_distributions import SharedDistributions
 from .shared_memory import NUM_SLOTS, TIMELINE_LENGTH
@@ -32,7 +33,7 @@ class ProcessDraft:
 
     concurrent = True
 
-    def __init__(self, process: WorkerProcess, begin: BeginCall) -> None:
+    def __init__(self, process: WorkerProcess | LinkedDraft, begin: BeginCall) -> None:
         self._process = process
         self._call, self.max_line = begin.number, begin.options.max_line
         self._vocab_size = begin.options.vocab_size

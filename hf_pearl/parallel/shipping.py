@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .rank_models import load_first_part, rank_model_of
+from .rank_wire import RankModel
+
 _ALIGNMENT = 64
 # Every model has an eager implementation; the worker's lane switches to paged attention by itself.
 _ATTENTION_IN_TRANSIT = "eager"
@@ -47,7 +50,10 @@ class Binding(NamedTuple):
 
 
 class Shipment(NamedTuple):
-    """All about a model but its weights; equal as long as new weights fit into the old places."""
+    """All about a model but its weights; equal as long as new weights fit into the old places.
+
+    Of a model over several `ranks` only that: every rank reads its part from the files.
+    """
 
     class_module: str
     class_name: str
@@ -55,6 +61,7 @@ class Shipment(NamedTuple):
     module_classes: tuple[tuple[str, str], ...]
     bindings: tuple[Binding, ...]
     places: tuple[Place, ...]
+    ranks: RankModel | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -68,6 +75,8 @@ def can_ship(model: PreTrainedModel) -> str | None:
         return "worker processes need Linux (memfd, eventfd)"
     if not sys.executable:
         return "the path of the Python interpreter is unknown (embedded Python?)"
+    if rank_model_of(model) is not None:
+        return None
     for kind in (type(model), type(model.config)):
         if not _can_import(kind):
             return f"its class {kind.__module__}.{kind.__qualname__} cannot be imported in another process"
@@ -89,6 +98,9 @@ def pack(model: PreTrainedModel) -> tuple[Shipment, list[torch.Tensor]]:
 
     A tensor that several modules hold (tied weights) has one place, and is tied again on the other side.
     """
+    ranks = rank_model_of(model)
+    if ranks is not None:
+        return Shipment("", ranks.name, b"", (), (), (), ranks), []
     places: list[Place] = []
     tensors: list[torch.Tensor] = []
     bindings: list[Binding] = []
@@ -141,7 +153,11 @@ def build(shipment: Shipment, descriptor: int) -> PreTrainedModel:
     ------
     ValueError
         The class builds other modules than those the shipped model had.
+    PearlWorkerError
+        A rank could not load its part.
     """
+    if shipment.ranks is not None:
+        return load_first_part(shipment.ranks)
     memory = mmap.mmap(descriptor, shipment.num_bytes)
     kind = _lookup(importlib.import_module(shipment.class_module), shipment.class_name)
     config: PretrainedConfig = pickle.loads(shipment.config)

@@ -15,7 +15,7 @@ from ..decoding.messages import Admission, DraftReport, Grant, Removal, Rest, To
 from ..errors import PearlWorkerError
 from . import heartbeat
 from .draft_loop import EndOfCall, run_draft_loop
-from .lane import ModelLane
+from .rank_lane import Lane
 
 POLL_SECONDS = 0.1
 
@@ -54,9 +54,7 @@ class ThreadDraft:
     is_ready = True
     is_starting = False
 
-    def __init__(
-        self, drafter: Drafter, lane: ModelLane, free_running: bool, is_hurried: Callable[[], bool] = bool
-    ) -> None:
+    def __init__(self, drafter: Drafter, lane: Lane, free_running: bool, is_hurried: Callable[[], bool] = bool) -> None:
         self._drafter = drafter
         self._lane = lane
         self._is_hurried = is_hurried

@@ -7,7 +7,6 @@ import pickle
 import select
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from contextlib import suppress
 import torch
 
 from . import heartbeat
+from .child_process import start_module
 from .records import MalformedRecordError, Message, Quit, Status, decode_status, encode_message
 from .shared_memory import Channel, RingWriter, anonymous_memory
 from .shipping import Shipment, copy_weights
@@ -82,22 +82,9 @@ class WorkerProcess:
         self._lifeline, other_end = socket.socketpair()
         names = ("shipment", "weights", "channel", "distributions", "to_worker", "to_engine")
         passed = [*(self._descriptors[name] for name in names), other_end.fileno()]
-        # The worker finds what this process finds, in the same order, and nothing because of where it was started.
-        paths = [os.path.abspath(path) for path in sys.path if isinstance(path, str) and os.pathsep not in path]
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1")
-        environment.update(OMP_NUM_THREADS=str(num_threads), TOKENIZERS_PARALLELISM="false")
         arguments = [os.getpid(), *passed, num_threads, ",".join(map(str, cores))]
         try:
-            return subprocess.Popen(
-                [sys.executable, "-m", "hf_pearl.parallel.worker", *map(str, arguments)],
-                pass_fds=passed,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._descriptors["log"],
-                start_new_session=True,
-                env=environment,
-                cwd="/",
-            )
+            return start_module("hf_pearl.parallel.worker", arguments, passed, self._descriptors["log"], num_threads)
         except BaseException:
             self._lifeline.close()
             raise

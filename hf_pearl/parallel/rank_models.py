@@ -1,0 +1,71 @@
+"""Models over several ranks, as this process holds them: the first part, or, where others hold all, none of it."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from .child_ranks import ChildRanks
+from .linked_draft import LinkedDraft
+from .rank_lane import Leader, lead, leader_of
+from .rank_wire import RankModel
+from .tensor_parallel import load_shard
+
+_stand_ins: weakref.WeakKeyDictionary[torch.nn.Module, RankModel] = weakref.WeakKeyDictionary()
+
+
+_links: weakref.WeakKeyDictionary[torch.nn.Module, LinkedDraft] = weakref.WeakKeyDictionary()
+
+
+def load_first_part(model: RankModel) -> PreTrainedModel:
+    """Start the other ranks of a lane and load this one's part, which leads them; they end with it.
+
+    Raises
+    ------
+    PearlWorkerError
+        A rank could not load its part.
+    """
+    ranks = ChildRanks(model)
+    try:
+        leader = Leader(ranks)
+        part = load_shard(model.name, 0, model.size, leader.all_reduce, leader.all_gather, dtype=model.torch_dtype)
+        ranks.wait_until_ready()
+    except BaseException:
+        ranks.close()
+        raise
+    lead(part, leader)
+    weakref.finalize(part, ranks.close)
+    return part
+
+
+def stand_in(model: RankModel) -> PreTrainedModel:
+    """A model without weights for one whose parts are all elsewhere: its configuration, and a key to what is known."""
+    config = AutoConfig.from_pretrained(model.name)
+    with torch.device("meta"):
+        standing: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.torch_dtype).eval()
+    _stand_ins[standing] = model
+    return standing
+
+
+def close_ranks(model: torch.nn.Module) -> None:
+    """End the other ranks of a model; harmless where there are none."""
+    leader = leader_of(model)
+    if leader is not None:
+        leader.ranks.close()
+
+
+def link(model: PreTrainedModel, linked: LinkedDraft) -> None:
+    """Have calls draft at the other end of a link, where a model is."""
+    _links[model] = linked
+
+
+def link_of(model: torch.nn.Module) -> LinkedDraft | None:
+    """The link to where a model drafts; None where that is in this process or in one that it starts."""
+    return _links.get(model)
+
+
+def rank_model_of(model: torch.nn.Module) -> RankModel | None:
+    """What a stand-in stands for; None of any other model."""
+    return _stand_ins.get(model)

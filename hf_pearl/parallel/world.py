@@ -1,0 +1,125 @@
+"""The ranks that `torchrun` or `accelerate launch` has started: who is who, and who speaks with whom.
+
+The target's ranks come first, then the draft's. Every lane has a group of its own for sums, and one on CPUs for what
+its first rank tells the others; a third kind joins the target's first rank with the draft's, and one joins all.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+
+from ..errors import PearlWorkerError
+from ..interrupts import KeptInterrupts
+from .collectives import GroupCollectives, RankError
+from .rank_records import MAX_WORDS, Leave, Operation, decode_operations, encode_operations
+from .records import MalformedRecordError
+
+
+def in_world() -> bool:
+    """Whether this process is one of several that a launcher has started."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() > 1
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+class LaneGroups:
+    """One lane's ranks, of which this process need not be one; made by all processes in the same order.
+
+    Attributes
+    ----------
+    first : int
+        The lane's first rank, in the world.
+    is_member : bool
+        Whether this process is one of them.
+    """
+
+    def __init__(self, lane: str, first: int, size: int) -> None:
+        ranks = list(range(first, first + size))
+        self.lane, self.first, self.size = lane, first, size
+        sums, self.words = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")
+        self.is_member = dist.get_rank() in ranks
+        self.rank = dist.get_rank() - first
+        self.collectives = GroupCollectives(sums, lane) if self.is_member else None
+
+    def received_operations(self) -> Iterator[Operation]:
+        """What the first rank says, until it leaves."""
+        while True:
+            for operation in decode_operations(broadcast_words(None, self.first, self.words)):
+                if isinstance(operation, Leave):
+                    return
+                yield operation
+
+
+class WorldRanks:
+    """`rank_lane.Ranks` of a lane in the world. A launcher ends all ranks when one has ended: nothing is restarted."""
+
+    def __init__(self, groups: LaneGroups) -> None:
+        assert groups.collectives is not None
+        self.lane, self.size, self.collectives = groups.lane, groups.size, groups.collectives
+        self._groups = groups
+        self._failure = ""
+
+    def ensure(self) -> bool:
+        """They are there, or all is over."""
+        if self._failure:
+            raise PearlWorkerError(f"the ranks of the {self.lane} lane have failed, start all anew: {self._failure}")
+        return False
+
+    def together(self) -> AbstractContextManager[object]:
+        """A scope that an interrupt does not end."""
+        return KeptInterrupts()
+
+    def send(self, operations: Sequence[Operation]) -> None:
+        """Tell them; raises `RankError` where one cannot be told."""
+        try:
+            broadcast_words(encode_operations(operations), self._groups.first, self._groups.words)
+        except RuntimeError as error:
+            raise RankError(f"a rank of the {self.lane} lane does not listen: {error}") from error
+
+    def failed(self, error: BaseException) -> PearlWorkerError:
+        """Give them up; say what is known of the reason."""
+        self._failure = str(error)
+        return PearlWorkerError(self._failure)
+
+    def close(self) -> None:
+        """Nothing to do: the launcher ends them."""
+
+
+def broadcast_words(words: Sequence[int] | None, source: int, group: dist.ProcessGroup) -> array[int]:
+    """Send words from the rank `source` of the world, which has some, to all others of a group, which have None."""
+    count = torch.tensor([0 if words is None else len(words)])
+    dist.broadcast(count, source, group)
+    content = torch.tensor(words if words is not None else [0] * _checked(count), dtype=torch.int64)
+    if len(content):
+        dist.broadcast(content, source, group)
+    return array("q", content.tolist())
+
+
+def send_words(words: Sequence[int], to: int, group: dist.ProcessGroup) -> None:
+    """Send words to the rank `to` of the world, which waits for them."""
+    dist.send(torch.tensor([len(words)]), to, group)
+    if len(words):
+        dist.send(torch.tensor(words, dtype=torch.int64), to, group)
+
+
+def receive_words(source: int, group: dist.ProcessGroup) -> array[int]:
+    """Wait for the next words of the rank `source` of the world."""
+    count = torch.tensor([0])
+    dist.recv(count, source, group)
+    content = torch.zeros(_checked(count), dtype=torch.int64)
+    if len(content):
+        dist.recv(content, source, group)
+    return array("q", content.tolist())
+
+
+def _checked(count: torch.Tensor) -> int:
+    num_words = int(count)
+    if not 0 <= num_words <= MAX_WORDS:
+        raise MalformedRecordError(f"a message of {num_words} words; the limit is {MAX_WORDS}")
+    return num_words

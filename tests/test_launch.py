@@ -1,0 +1,538 @@
+"""`launch`: models over several ranks give the tokens of one process, and no rank hangs, leaks or outlives its use."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+import torch
+from models import (
+    assert_varied,
+    enabled_for_tiny_models,
+    expected_warnings,
+    left_padded,
+    noisy_copy,
+    random_prompts,
+    tiny_model,
+    tiny_tokenizer,
+)
+from test_processes import is_gone, wait_for
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, pipeline
+
+import hf_pearl
+from hf_pearl import LaunchedPair, PearlConfig, PearlWorkerError
+from hf_pearl.pair import demo_pair_folder
+from hf_pearl.parallel import shared_collectives
+from hf_pearl.parallel.child_ranks import ChildRanks
+from hf_pearl.parallel.rank_lane import leader_of
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCKSTEP = PearlConfig(draft_length=4, seed=7)  # waits for the draft, whose guesses then depend on no time
+FREE = PearlConfig(execution="processes", seed=7)
+NEW_TOKENS = 24
+SIZES = [(1, 1), (1, 2), (2, 1), (1, 3), (2, 3)]  # of draft and target
+RUN_SECONDS = 240
+
+pytestmark = pytest.mark.skipif(not shared_collectives.HAS_EVENTS, reason="ranks need Linux (memfd, eventfd)")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def enabled() -> Iterator[None]:
+    with enabled_for_tiny_models():
+        yield
+
+
+class Saved(NamedTuple):
+    """A pair in one piece, in folders, and inputs for it."""
+
+    target: PreTrainedModel
+    draft: PreTrainedModel
+    folders: tuple[Path, Path]
+    inputs: dict[str, torch.Tensor]
+
+    def launch(self, draft_tp: int, target_tp: int) -> LaunchedPair:
+        sizes = {"target_tp": target_tp, "draft_tp": draft_tp}
+        return hf_pearl.launch(self.folders[0], self.folders[1], **sizes, dtype=torch.float64)
+
+    def expected(self, config: Any = LOCKSTEP, **options: Any) -> Any:
+        """What a single process gives: transformers' own tokens where greedy."""
+        greedy = {"do_sample": False, "max_new_tokens": NEW_TOKENS, **options}
+        output = generate(self.target, self.inputs, config, assistant_model=self.draft, **greedy)
+        if not greedy["do_sample"]:
+            plain = self.target.generate(**self.inputs, **greedy)
+            assert output.sequences.tolist() == plain.tolist()
+        assert_varied(output.sequences[:, self.inputs["input_ids"].shape[1] :])
+        return output
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], config: Any = LOCKSTEP, **options: Any) -> Any:
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "return_dict_in_generate": True, **options}
+    return model.generate(**inputs, pearl=config, **options)
+
+
+def save(target: PreTrainedModel, draft: PreTrainedModel, folder: Path) -> tuple[Path, Path]:
+    folders = folder / "target", folder / "draft"
+    for model, where in zip((target, draft), folders, strict=True):
+        model.save_pretrained(where)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Saved]]:
+    """Pairs by name, made when first asked for: tiny ones, and the embedded one."""
+    made: dict[str, Saved] = {}
+
+    def pair(name: str) -> Saved:
+        if name not in made and name == "embedded":
+            target, draft, tokenizer = hf_pearl.load_demo_pair("cpu", torch.float64)
+            folder = demo_pair_folder()
+            texts = ["def main(", "import os\n\n", "class Reader:\n    def", "for line in"]
+            inputs = left_padded([tokenizer(text).input_ids for text in texts])
+            made[name] = Saved(target, draft, (folder / "target", folder / "draft"), inputs)
+        elif name not in made:
+            target = tiny_model(name, 3)
+            draft = noisy_copy(target, 0.03, 4)
+            folders = save(target, draft, tmp_path_factory.mktemp(name))
+            made[name] = Saved(target, draft, folders, random_prompts(random.Random(5), 4, (5, 20)))
+        return made[name]
+
+    yield pair
+    for each in made.values():
+        hf_pearl.release(each.target)
+
+
+@pytest.fixture(scope="module")
+def saved(pairs: Callable[[str], Saved]) -> Saved:
+    return pairs("llama")
+
+
+@pytest.fixture(scope="module")
+def launched(saved: Saved) -> Iterator[LaunchedPair]:
+    """One rank of the draft, two of the target; for most of this module."""
+    with saved.launch(1, 2) as pair:
+        yield pair
+
+
+def ranks_of(pair: LaunchedPair) -> ChildRanks:
+    leader = leader_of(pair.target)
+    assert leader is not None
+    assert isinstance(leader.ranks, ChildRanks)
+    return leader.ranks
+
+
+def compare_ranks(pair: LaunchedPair) -> None:
+    """Have the target's ranks compare tokens and block tables in every forward."""
+    leader = leader_of(pair.target)
+    if leader is not None:
+        leader.compares = True
+
+
+SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 20}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        pytest.param(name, sizes, marks=[] if (name, sizes) in [("llama", (2, 3))] else pytest.mark.slow)
+        for name in ("llama", "qwen3", "embedded")
+        for sizes in SIZES
+    ],
+)
+def test_tokens_and_acceptance_are_those_of_one_process(
+    name: str, sizes: tuple[int, int], pairs: Callable[[str], Saved]
+) -> None:
+    saved = pairs(name)
+    with saved.launch(*sizes) as pair:
+        compare_ranks(pair)
+        for options in ({}, SAMPLING, {"num_return_sequences": 2, **SAMPLING}):
+            expected = saved.expected(**options)
+            output = generate(pair, saved.inputs, **options)
+            assert output.sequences.tolist() == expected.sequences.tolist(), options
+            # The draft's ranks guess what one rank does: the caches, warm or not, hold the same.
+            assert output.pearl.accepted_tokens == expected.pearl.accepted_tokens > 0
+            free = generate(pair, saved.inputs, FREE, **options)
+            assert free.sequences.tolist() == expected.sequences.tolist(), options
+            assert free.pearl.execution == "processes"
+        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+            assert process.net_connections(kind="inet") == []  # Nothing listens.
+
+
+def test_the_target_is_used_like_any_model(launched: LaunchedPair, saved: Saved) -> None:
+    compare_ranks(launched)
+    expected = saved.expected().sequences
+    assert launched.generate(**saved.inputs, do_sample=False, max_new_tokens=NEW_TOKENS).tolist() == expected.tolist()
+    greedy = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+    assert launched.target.generate(**saved.inputs, **greedy).tolist() == expected.tolist()
+    options: dict[str, Any] = {"assistant_model": None, **greedy}  # without the draft
+    assert launched.target.generate(**saved.inputs, **options).tolist() == expected.tolist()
+    tokenizer = tiny_tokenizer(1)
+    texts = ["abc", "fed abc"]
+    expected_texts = pipeline("text-generation", model=saved.target, tokenizer=tokenizer)(texts, **greedy)
+    assert launched.pipeline(tokenizer)(texts, **greedy) == expected_texts
+    assert pipeline("text-generation", model=launched.target, tokenizer=tokenizer)(texts, **greedy) == expected_texts
+
+
+def test_what_a_part_cannot_do_is_refused(launched: LaunchedPair, saved: Saved) -> None:
+    with pytest.raises(RuntimeError, match="one of 2 parts"):
+        launched.target(input_ids=torch.tensor([[1]]))
+    with pytest.raises(RuntimeError, match="one of 2 parts"):
+        launched.generate(**saved.inputs, pearl=False, max_new_tokens=2)
+    with saved.launch(2, 1) as pair:
+        for execution in ("inline", "threads"):
+            with pytest.raises(ValueError, match="several ranks"):
+                generate(pair, saved.inputs, PearlConfig(execution=execution))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        pytest.param({"target_tp": 0}, ValueError, "`target_tp` must be a number of ranks", id="none"),
+        pytest.param({"draft_tp": True}, ValueError, "`draft_tp` must be a number of ranks", id="no number"),
+        pytest.param({"draft_tp": 1.5}, ValueError, "`draft_tp` must be a number of ranks", id="half a rank"),
+    ],
+)
+def test_bad_sizes_are_refused(arguments: Any, error: type[Exception], message: str, saved: Saved) -> None:
+    with pytest.raises(error, match=message):
+        hf_pearl.launch(*saved.folders, **arguments)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        hf_pearl.launch(tmp_path, target_tp=2)
+
+
+def test_a_rank_that_cannot_start_says_why(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(psutil.Process().children())
+    monkeypatch.setenv("PYTHONHASHSEED", "nonsense")  # The interpreter itself refuses it.
+    with pytest.raises(PearlWorkerError, match=r"(?s)target lane, start of its ranks.*rank 1: exit code 1"):
+        hf_pearl.launch(saved.folders[0], target_tp=2)
+    assert set(psutil.Process().children()) == before
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_call_with_its_traceback(launched: LaunchedPair, saved: Saved) -> None:
+    expected = saved.expected().sequences
+    ranks_of(launched)._children[0].line.sendall(b"\xff" * 8)  # a message of -1 words
+    with pytest.raises(PearlWorkerError, match=r"(?s)rank 1: exit code 1.*Traceback.*MalformedRecordError"):
+        for _ in range(20):
+            generate(launched, saved.inputs)
+    assert generate(launched, saved.inputs).sequences.tolist() == expected.tolist()
+
+
+class AtToken(LogitsProcessor):
+    """Does something once, before a token is chosen."""
+
+    def __init__(self, place: int, act: Callable[[], None]) -> None:
+        self._place, self._act = place, act
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._place -= 1
+        if self._place == 0:
+            self._act()
+        return scores
+
+
+def fails_and_recovers(pair: LaunchedPair, saved: Saved, act: Callable[[], None], place: int) -> str:
+    """Do something to a rank during a call, which must raise; the next one must be right. Return the message."""
+    expected = saved.expected().sequences
+    processors = LogitsProcessorList([AtToken(place, act)])
+    with pytest.raises(PearlWorkerError) as caught:
+        generate(pair, saved.inputs, logits_processor=processors)
+    children = ranks_of(pair)
+    assert children.process_ids == []
+    assert generate(pair, saved.inputs).sequences.tolist() == expected.tolist()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("num_kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_rank_ends_the_call_and_the_next_one_is_right(
+    num_kills: int, launched: LaunchedPair, saved: Saved, seed: int
+) -> None:
+    chance = random.Random(seed)
+    for _ in range(num_kills):
+        generate(launched, saved.inputs)
+
+        def kill() -> None:
+            os.kill(ranks_of(launched).process_ids[0], signal.SIGKILL)
+
+        message = fails_and_recovers(launched, saved, kill, chance.randrange(1, NEW_TOKENS))
+        assert message.startswith("target lane, forward ")
+        assert "rank 1" in message
+        assert "exit code -9" in message
+
+
+@pytest.mark.slow
+def test_a_rank_killed_at_any_moment_costs_one_call_at_most(launched: LaunchedPair, saved: Saved, seed: int) -> None:
+    chance, expected = random.Random(seed), saved.expected().sequences
+    with expected_warnings():
+        for _ in range(20):
+            generate(launched, saved.inputs)
+            victim = ranks_of(launched).process_ids[0]
+            timer = threading.Timer(chance.uniform(0.0, 0.3), os.kill, (victim, signal.SIGKILL))
+            timer.start()
+            for _ in range(10):
+                try:
+                    assert generate(launched, saved.inputs).sequences.tolist() == expected.tolist()
+                except PearlWorkerError as error:
+                    assert "rank 1" in str(error)
+                    break
+            timer.join()
+            assert generate(launched, saved.inputs).sequences.tolist() == expected.tolist()
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_noticed(launched: LaunchedPair, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate(launched, saved.inputs)
+    monkeypatch.setattr(shared_collectives, "COLLECTIVE_SECONDS", 1.0)
+
+    def stop() -> None:
+        os.kill(ranks_of(launched).process_ids[0], signal.SIGSTOP)
+
+    message = fails_and_recovers(launched, saved, stop, 3)
+    assert "rank 1 of the target lane did not come to collective" in message
+
+
+@pytest.mark.slow
+def test_ranks_killed_between_calls_are_started_anew(launched: LaunchedPair, saved: Saved) -> None:
+    expected = generate(launched, saved.inputs).sequences
+    victim = ranks_of(launched).process_ids[0]
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: is_gone(victim), "its end")
+    with expected_warnings() as warnings:
+        assert generate(launched, saved.inputs).sequences.tolist() == expected.tolist()
+    assert [message for message in warnings if "exit code -9" in message]
+
+
+@pytest.mark.parametrize("num_interrupts", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_an_interrupt_ends_the_call_and_keeps_the_ranks(
+    num_interrupts: int, launched: LaunchedPair, saved: Saved, seed: int
+) -> None:
+    chance, expected = random.Random(seed), generate(launched, saved.inputs).sequences
+    process_ids = ranks_of(launched).process_ids
+    for _ in range(num_interrupts):
+        timer = threading.Timer(chance.uniform(0.0, 0.3), os.kill, (os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            while True:
+                generate(launched, saved.inputs)
+        timer.join()
+        assert generate(launched, saved.inputs).sequences.tolist() == expected.tolist()
+    assert ranks_of(launched).process_ids == process_ids
+
+
+def test_an_interrupt_does_not_wait_for_a_stopped_rank(launched: LaunchedPair, saved: Saved) -> None:
+    expected = generate(launched, saved.inputs).sequences
+
+    def stop() -> None:
+        os.kill(ranks_of(launched).process_ids[0], signal.SIGSTOP)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(launched, saved.inputs, logits_processor=LogitsProcessorList([AtToken(3, stop)]))
+    assert generate(launched, saved.inputs).sequences.tolist() == expected.tolist()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_of_the_draft_costs_no_token(saved: Saved) -> None:
+    expected = saved.expected().sequences
+    before = set(psutil.Process().children())
+    with saved.launch(2, 1) as pair:
+        assert generate(pair, saved.inputs).sequences.tolist() == expected.tolist()
+        (worker,) = set(psutil.Process().children()) - before
+        (follower,) = worker.children()
+
+        def kill() -> None:
+            follower.kill()
+
+        with expected_warnings() as warnings:
+            processors = LogitsProcessorList([AtToken(3, kill)])
+            output = generate(pair, saved.inputs, logits_processor=processors)
+        assert output.sequences.tolist() == expected.tolist()
+        assert [message for message in warnings if "rank 1" in message and "exit code -9" in message]
+        output = generate(pair, saved.inputs)
+        assert output.sequences.tolist() == expected.tolist()
+        assert output.pearl.accepted_tokens > 0
+        processes = (worker, *worker.children())
+    wait_for(lambda: all(is_gone(each.pid) for each in processes), "the end of the draft's ranks", 5.0)
+
+
+@pytest.mark.slow
+def test_nothing_listens_and_nothing_is_left(saved: Saved) -> None:
+    me = psutil.Process()
+    before = set(os.listdir("/dev/shm")), set(me.children(recursive=True)), len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        with saved.launch(2, 2) as pair:
+            generate(pair, saved.inputs)
+            processes = [me, *(set(me.children(recursive=True)) - before[1])]
+            assert len(processes) == 4  # the target's other rank, the draft's two
+            assert [each.net_connections(kind="inet") for each in processes] == [[]] * 4
+            assert set(os.listdir("/dev/shm")) == before[0]
+        ranks = processes[1:]
+        wait_for(lambda: all(is_gone(each.pid) for each in ranks), "the end of all ranks", 5.0)  # noqa: B023
+        with pytest.raises(PearlWorkerError, match="closed"):
+            pair.generate(**saved.inputs)
+        with pytest.raises(PearlWorkerError, match="closed"):
+            pair.target.generate(**saved.inputs)
+        pair.close()
+        del pair
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before[2]
+
+
+@pytest.mark.slow
+def test_ranks_end_with_their_model(saved: Saved) -> None:
+    target = hf_pearl.launch(saved.folders[0], target_tp=2, dtype=torch.float64).target
+    process_ids = ranks_of(LaunchedPair(target, None)).process_ids
+    generate(target, saved.inputs)
+    del target
+    gc.collect()
+    assert all(map(is_gone, process_ids))
+
+
+SCRIPT = """
+import json, os
+import hf_pearl, torch
+target, draft, target_tp, draft_tp = {target!r}, {draft!r}, {target_tp}, {draft_tp}
+pair = hf_pearl.launch(target, draft, target_tp=target_tp, draft_tp=draft_tp, dtype=torch.float64)
+inputs = {{"input_ids": torch.tensor({ids}), "attention_mask": torch.tensor({mask})}}
+outputs = []
+for options in ({{"do_sample": False}}, {{"do_sample": True, "temperature": 0.9, "top_k": 20}}):
+    for config in (hf_pearl.PearlConfig(draft_length=4, seed=7), hf_pearl.PearlConfig(seed=7)):
+        outputs.append(pair.generate(**inputs, pearl=config, max_new_tokens={new}, **options).tolist())
+with open(f"{folder}/{{os.environ.get('RANK', 0)}}.json", "w") as file:
+    json.dump(outputs, file)
+print("done", flush=True)
+{end}
+"""
+
+
+def script(saved: Saved, folder: Path, draft_tp: int, target_tp: int, end: str = "pair.close()") -> str:
+    """A script that writes what every rank gets into a file of its own."""
+    inputs = saved.inputs
+    return SCRIPT.format(
+        folder=folder,
+        target=str(saved.folders[0]),
+        draft=str(saved.folders[1]),
+        target_tp=target_tp,
+        draft_tp=draft_tp,
+        ids=inputs["input_ids"].tolist(),
+        mask=inputs["attention_mask"].tolist(),
+        new=NEW_TOKENS,
+        end=end,
+    )
+
+
+def run(arguments: list[str], folder: Path, **options: Any) -> dict[str, Any]:
+    """The results that a command's ranks write into a folder, by rank."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=RUN_SECONDS, env=environment, check=False, **options
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def expected_results(saved: Saved) -> list[Any]:
+    expected = (saved.expected().sequences.tolist(), saved.expected(**SAMPLING).sequences.tolist())
+    return [tokens for tokens in expected for _ in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["script", "stdin", "-c"])
+def test_it_works_from_an_unguarded_script_standard_input_and_a_command(way: str, saved: Saved, tmp_path: Path) -> None:
+    text = script(saved, tmp_path, 1, 2, end="")  # Nobody closes it: the end of the interpreter does.
+    (tmp_path / "script.py").write_text(text)
+    if way == "script":
+        results = run([str(tmp_path / "script.py")], tmp_path, cwd=tmp_path)
+    elif way == "stdin":
+        results = run(["-"], tmp_path, input=text)
+    else:
+        results = run(["-c", text], tmp_path)
+    assert results == {"0": expected_results(saved)}
+
+
+@pytest.mark.slow
+def test_it_works_in_a_notebook(saved: Saved, tmp_path: Path) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    cell = nbformat.v4.new_code_cell(script(saved, tmp_path, 2, 2))
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    nbclient.NotebookClient(notebook, timeout=RUN_SECONDS).execute()
+    assert json.loads((tmp_path / "0.json").read_text()) == expected_results(saved)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((2, 2), marks=pytest.mark.slow)])
+def test_ranks_do_not_outlive_a_killed_process(sizes: tuple[int, int], saved: Saved, tmp_path: Path) -> None:
+    text = script(saved, tmp_path, *sizes, end="import time; time.sleep(1000)")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, env=environment, text=True)
+    try:
+        assert process.stdout is not None
+        assert any(line.startswith("done") for line in process.stdout)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        assert len(ranks) == sum(sizes) - 1
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    wait_for(lambda: all(is_gone(each.pid) for each in ranks), "the end of the ranks", 5.0)
+
+
+def torchrun(saved: Saved, sizes: tuple[int, int], folder: Path, launcher: list[str]) -> dict[str, Any]:
+    (folder / "script.py").write_text(script(saved, folder, *sizes))
+    return run([*launcher, str(folder / "script.py")], folder, cwd=folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        pytest.param(name, sizes, marks=[] if (name, sizes) == ("llama", (2, 1)) else pytest.mark.slow)
+        for name in ("llama", "qwen3", "embedded")
+        for sizes in SIZES
+    ],
+)
+def test_every_rank_of_torchrun_gets_the_tokens_of_one_process(
+    name: str, sizes: tuple[int, int], pairs: Callable[[str], Saved], tmp_path: Path
+) -> None:
+    saved = pairs(name)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(sum(sizes))]
+    results = torchrun(saved, sizes, tmp_path, launcher)
+    assert results == dict.fromkeys(map(str, range(sum(sizes))), expected_results(saved))
+
+
+@pytest.mark.slow
+def test_it_uses_the_process_group_that_accelerate_has_made(saved: Saved, tmp_path: Path) -> None:
+    end = "pair.close(); import torch.distributed as dist; dist.barrier()"  # It is still there.
+    text = script(saved, tmp_path, 1, 2, end)
+    (tmp_path / "script.py").write_text("from accelerate import Accelerator\nAccelerator(cpu=True)\n" + text)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(tmp_path / "script.py")]
+    assert run(launcher, tmp_path, cwd=tmp_path) == dict.fromkeys("012", expected_results(saved))
+
+
+@pytest.mark.slow
+def test_torchrun_with_another_number_of_ranks_is_refused(saved: Saved, tmp_path: Path) -> None:
+    text = textwrap.dedent(f"""
+        import hf_pearl, json, os
+        try:
+            hf_pearl.launch({str(saved.folders[0])!r}, target_tp=3)
+        except ValueError as error:
+            with open(os.environ["RANK"] + ".json", "w") as file:
+                json.dump(str(error), file)
+    """)
+    (tmp_path / "script.py").write_text(text)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "script.py")]
+    messages = run(launcher, tmp_path, cwd=tmp_path)
+    assert set(messages) == {"0", "1"}
+    assert all("2 ranks run" in message and "3 + 0" in message for message in messages.values())
