@@ -35,11 +35,13 @@ from .interrupts import KeptInterrupts
 from .learnt import Learnt, Runner
 from .model_devices import input_device
 from .parallel.cores import SharedCores, leaving_cores
+from .parallel.cuda_graphs import LaneGraphs
 from .parallel.draft_workers import DraftWorkers, Execution, for_hooks
 from .parallel.inline import InlineDraft
 from .parallel.lane import ModelLane, output_vocab_size
 from .parallel.memory import cache_share
 from .parallel.probe import check_computed
+from .parallel.streams import on_lane_stream
 from .parallel.threads import ThreadDraft
 
 logger = logging.get_logger(__name__)
@@ -64,6 +66,7 @@ class PearlEngine:
         self.caches: dict[str, PagedPrefixCache] = {}
         self.workers = DraftWorkers()  # They end with the engine, also when it is garbage.
         self.learnt = Learnt()
+        self.graphs = LaneGraphs()
         self._fingerprints: dict[str, object] = {}
         self._shares: dict[tuple[torch.device, int], int] = {}
 
@@ -95,11 +98,12 @@ class PearlEngine:
             cache = self.caches["target"]
             num_evicted = cache.statistics.evicted_blocks
             requests = self._requests(target, prompts, rules, call_seed)
-            target_lane = ModelLane(target, cache, config.prefix_cache, config.cache_salt)
+            target_lane = self._lane("target", target, config)
             with (
                 KeptInterrupts() as interrupts,
                 self._sound_caches(),
                 target_lane.ready(),
+                on_lane_stream(target_lane.device),
                 leaving_cores() as cores,
                 self._draft(target_lane, draft, requests, rules, config, stats, cores, interrupts) as runner,
                 interrupts.let_through(),
@@ -111,11 +115,11 @@ class PearlEngine:
                 loop = DecodingLoop(target_lane, requests, verifier, schedule, runner, stats)
                 loop.run()
                 if runner is not None:
-                    self._report(runner, loop, stats)
+                    self._report(runner, stats)
                     self.learnt.warn_if_the_draft_rests()
             stats.evicted_blocks = cache.statistics.evicted_blocks - num_evicted
             stats.cached_blocks = cache.pool.num_cached
-            stats.target_seconds = sum(end - start for start, end in loop.intervals)
+            stats.target_seconds = sum(each.ended - each.started for each in stats.target_timeline)
             stats.total_seconds = time.perf_counter() - started
             return requests, stats
 
@@ -140,6 +144,7 @@ class PearlEngine:
         """Give caches and worker back, as soon as no call is running; the next call begins cold."""
         with self.lock:
             self.workers.close()
+            self.graphs.release()
             self.caches.clear()
             self._fingerprints.clear()
 
@@ -169,6 +174,11 @@ class PearlEngine:
                 )
             )
         return requests
+
+    def _lane(self, name: str, model: PreTrainedModel, config: PearlConfig) -> ModelLane:
+        cache = self.caches[name]
+        graphs = self.graphs.runner(name, model, cache) if config.captures else None
+        return ModelLane(model, cache, config.prefix_cache, config.cache_salt, graphs, name)
 
     @contextmanager
     def _draft(
@@ -219,7 +229,7 @@ class PearlEngine:
         free_running = config.draft_length == "auto" and config.overlap
         if execution == "processes" and self.workers.worker is not None:
             return self.workers.worker.call(vocab_size, processors, pad_token_id, free_running, config)
-        lane = ModelLane(draft, self.caches["draft"], config.prefix_cache, config.cache_salt)
+        lane = self._lane("draft", draft, config)
         if lane.device != self.caches["target"].device:
             processors = copies_on(lane.device, processors)
         distributions = LocalDistributions(MAX_LINE) if config.verification == "rejection" else None
@@ -241,15 +251,16 @@ class PearlEngine:
             runner.send(Admission(each.request_id, tuple(each.verified), length, each.num_padding, each.seed))
 
     @staticmethod
-    def _report(runner: Runner, loop: DecodingLoop, stats: PearlStats) -> None:
+    def _report(runner: Runner, stats: PearlStats) -> None:
         report = runner.finish()
         stats.draft_steps = report.num_steps
         stats.drafted_tokens = report.num_drafted
         stats.wasted_draft_tokens = report.num_drafted - (stats.accepted_tokens - stats.accepted_looked_up_tokens)
         stats.draft_prefilled_tokens = report.num_prefilled
-        intervals = [(step.started, step.ended) for step in report.timeline]
-        stats.draft_seconds = sum(end - start for start, end in intervals)
-        stats.overlap_seconds = overlap(loop.intervals, intervals)
+        stats.draft_timeline = list(report.timeline)
+        lanes = [[each[:2] for each in lane] for lane in (stats.target_timeline, stats.draft_timeline)]
+        stats.draft_seconds = sum(end - start for start, end in lanes[1])
+        stats.overlap_seconds = overlap(*lanes)
         if runner.error is not None:
             logger.warning(
                 f"The draft lane failed, and the call went on without it: {type(runner.error).__name__}: {runner.error}"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from .messages import DraftStep
+from .trace import TargetForward, trace_events, write_trace
 
 Interval = tuple[float, float]
 
@@ -52,6 +56,8 @@ class PearlStats:
         Wall time of the call inside the engine.
     execution : str
         How the draft lane ran.
+    target_timeline, draft_timeline : list of TargetForward, list of DraftStep
+        Every forward of each lane; of a draft in a process the last 4096.
     """
 
     target_forwards: int = 0
@@ -78,6 +84,8 @@ class PearlStats:
     overlap_seconds: float = 0.0
     total_seconds: float = 0.0
     execution: str = "none"
+    target_timeline: list[TargetForward] = field(default_factory=list, repr=False)
+    draft_timeline: list[DraftStep] = field(default_factory=list, repr=False)
 
     @property
     def mean_accepted_tokens(self) -> float:
@@ -99,6 +107,10 @@ class PearlStats:
     def acceptance_per_position(self) -> list[float]:
         """For each place of a window, the share of its draft tokens that stood, given that all before them did."""
         return [stood / judged for stood, judged in zip(self.stood_at, self.judged_at, strict=True) if judged]
+
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the forwards of both lanes to a file that https://ui.perfetto.dev and `chrome://tracing` show."""
+        write_trace(path, trace_events(self.target_timeline, self.draft_timeline))
 
     def judge(self, place: int, stood: bool, is_looked_up: bool = False) -> None:
         """Count a guess at `place` of its window, all before which stood."""
