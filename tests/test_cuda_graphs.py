@@ -155,6 +155,7 @@ class TwoLanes:
         self.plain = ModelLane(self.model, PagedPrefixCache(self.model.config, 64, block_size=8), prefix_cache=False)
         self.both = (self.replaying, self.plain)
         self.chance = random.Random(seed)
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def admit(self, *request_ids: int) -> None:
         """Begin sequences."""
@@ -182,6 +183,9 @@ class TwoLanes:
     def forward(self, *windows: Window) -> torch.Tensor:
         """The logits, which both lanes agree on."""
         replayed, expected = (lane.forward(windows) for lane in self.both)
+        if self._last is not None:  # A later forward must not write to them.
+            torch.testing.assert_close(*self._last, rtol=1e-9, atol=1e-9)
+        self._last = replayed, expected
         assert replayed.shape == expected.shape
         torch.testing.assert_close(replayed, expected, rtol=1e-9, atol=1e-9)
         assert replayed.argmax(dim=-1).tolist() == expected.argmax(dim=-1).tolist()

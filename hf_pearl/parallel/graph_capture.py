@@ -7,10 +7,12 @@ about graphs, their buffers, sizes and number, runs on a CPU as it does on a GPU
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
 
+_failed: list[torch.cuda.CUDAGraph] = []
 NUM_WARM_UPS = 2  # Before a capture libraries choose their algorithms and make work spaces, and Triton compiles.
 
 Run = Callable[[], None]
@@ -58,10 +60,24 @@ class CudaCapture:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(self._device)
         graph = torch.cuda.CUDAGraph()
-        # The default stream for captures is one per process, on the device where it was first wanted.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            run()
+        try:
+            # Not `torch.cuda.graph`: after a failure it leaves its stream the thread's current one.
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    run()
+                finally:
+                    graph.capture_end()
+        except BaseException:
+            self._end_allocation(graph)
+            raise
         return graph
+
+    def _end_allocation(self, graph: torch.cuda.CUDAGraph) -> None:
+        """What torch leaves undone where a capture has failed: the allocator still asks the graph what is for it."""
+        _failed.append(graph)
+        with suppress(RuntimeError, AttributeError):  # It was done, or is called otherwise.
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
 
     def release(self) -> None:
         """Forget the pool, which goes with its last graph."""

@@ -24,7 +24,8 @@ from .packed_windows import PackedWindows
 class StaticForward:
     """A model's forward for steps within `bucket`.
 
-    A token of padding has id 0 and position 0, belongs to no sequence, and is stored nowhere; nobody reads its logits.
+    A token of padding is what an earlier step left there, belongs to no sequence, and is stored nowhere; nobody reads
+    its logits.
 
     Parameters
     ----------
@@ -64,7 +65,6 @@ class StaticForward:
             self._copied.synchronize()  # The last copy reads what is about to be overwritten.
         for row, numbers in zip(self._host, (packed.token_ids, packed.positions, packed.kept), strict=True):
             row[: len(numbers)] = numbers
-            row[len(numbers) :] = 0
         if self._copied is not None:
             self.numbers.copy_(self._on_host, non_blocking=True)
             self._copied.record(torch.cuda.current_stream(self.numbers.device))
