@@ -28,7 +28,7 @@ from .decoding.proposal import Proposer
 from .decoding.rejection import RejectionSampler
 from .decoding.request import Request
 from .decoding.rules import Rules
-from .decoding.stats import PearlStats, overlap
+from .decoding.stats import PearlStats
 from .decoding.verification import Verifier
 from .fingerprint import fingerprint
 from .interrupts import KeptInterrupts
@@ -209,6 +209,7 @@ class PearlEngine:
             runner.abort()
             if isinstance(runner, ThreadDraft) and runner.error is not None:
                 del self.caches["draft"]  # Its books may be half written, and the thread may still run.
+                self.graphs.forget("draft")
 
     def _runner(
         self,
@@ -252,15 +253,7 @@ class PearlEngine:
 
     @staticmethod
     def _report(runner: Runner, stats: PearlStats) -> None:
-        report = runner.finish()
-        stats.draft_steps = report.num_steps
-        stats.drafted_tokens = report.num_drafted
-        stats.wasted_draft_tokens = report.num_drafted - (stats.accepted_tokens - stats.accepted_looked_up_tokens)
-        stats.draft_prefilled_tokens = report.num_prefilled
-        stats.draft_timeline = list(report.timeline)
-        lanes = [[each[:2] for each in lane] for lane in (stats.target_timeline, stats.draft_timeline)]
-        stats.draft_seconds = sum(end - start for start, end in lanes[1])
-        stats.overlap_seconds = overlap(*lanes)
+        stats.add_draft(runner.finish())
         if runner.error is not None:
             logger.warning(
                 f"The draft lane failed, and the call went on without it: {type(runner.error).__name__}: {runner.error}"

@@ -30,6 +30,7 @@ class StaticStep:
     ) -> torch.Tensor:
         """Store the new keys and values `(1, K, T, D)`, attend with `query` `(1, H, T, D)`, return `(1, T, H, D)`."""
         layer = self._cache.layers[layer_index]
+        self._cache.statistics.computed_layers += 1
         if layer.held is None:
             raise RuntimeError(f"layer {layer_index} has no pools before a captured forward")
         kernels = self._cache.backend.kernels(layer.held)

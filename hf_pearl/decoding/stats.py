@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .messages import DraftStep
+from .messages import DraftReport, DraftStep
 from .trace import TargetForward, trace_events, write_trace
 
 Interval = tuple[float, float]
@@ -107,6 +107,16 @@ class PearlStats:
     def acceptance_per_position(self) -> list[float]:
         """For each place of a window, the share of its draft tokens that stood, given that all before them did."""
         return [stood / judged for stood, judged in zip(self.stood_at, self.judged_at, strict=True) if judged]
+
+    def add_draft(self, report: DraftReport) -> None:
+        """Take over what the draft says of the call, behind the target's last forward."""
+        self.draft_steps, self.drafted_tokens = report.num_steps, report.num_drafted
+        self.draft_prefilled_tokens = report.num_prefilled
+        self.wasted_draft_tokens = report.num_drafted - (self.accepted_tokens - self.accepted_looked_up_tokens)
+        self.draft_timeline = list(report.timeline)
+        lanes = [[each[:2] for each in lane] for lane in (self.target_timeline, self.draft_timeline)]
+        self.draft_seconds = sum(end - start for start, end in lanes[1])
+        self.overlap_seconds = overlap(*lanes)
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Write the forwards of both lanes to a file that https://ui.perfetto.dev and `chrome://tracing` show."""

@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 MAX_GRAPHS = 32  # of a lane; of more sizes than these, the one that was not used for longest is captured again
 CAPTURED_FROM = 2  # steps of one size: what comes but once is not worth a capture
 FIRST_TOKENS = 64  # of the first capture of all, so that the pool's memory has room for the smaller ones
-CAPTURE_TIMEOUT = 60.0
+CAPTURE_TIMEOUT = 20.0  # seconds, for another lane's capture
 
 _capture_lock = threading.Lock()  # torch's capture is not thread-safe.
 
@@ -107,9 +107,9 @@ class GraphRunner:
         """
         while len(self.forwards) >= self.max_graphs:
             self.forwards.pop(next(iter(self.forwards))).release()
-        static = StaticForward(model, self.cache, bucket, self.device, self._room)
+        static = StaticForward(model, self.cache, bucket, self.device)
         static.fill(sequences, packed)
-        static.capture(self._capture)
+        static.capture(self._capture, self._room)
         self.forwards[bucket] = static
 
     def release(self) -> None:
@@ -127,7 +127,11 @@ class GraphRunner:
     ) -> bool:
         """Capture a size that has come often enough; whether it is there now."""
         self._num_steps[bucket] += 1
-        if self._num_steps[bucket] < CAPTURED_FROM or not _capture_lock.acquire(timeout=CAPTURE_TIMEOUT):
+        if self._num_steps[bucket] < CAPTURED_FROM:
+            return False
+        if not _capture_lock.acquire(timeout=CAPTURE_TIMEOUT):
+            self._obstacle = f"another lane's capture did not end within {CAPTURE_TIMEOUT:g} s"
+            self._say(model)
             return False
         try:
             largest = largest_like(bucket, FIRST_TOKENS)
@@ -167,13 +171,16 @@ class LaneGraphs:
         runner = self._runners.get(name)
         if runner is not None and runner.cache is cache:
             return runner
-        if runner is not None:
-            self._runners.pop(name).release()
+        self.forget(name)
         capture = capture_for(cache.device)
         if capture is None:
             return None
         runner = self._runners[name] = GraphRunner(model, cache, capture)
         return runner
+
+    def forget(self, name: str) -> None:
+        """Keep no runner of the lane `name`: its memory goes with its last user, a thread that was left behind."""
+        self._runners.pop(name, None)
 
     def release(self) -> None:
         """Give everything back."""

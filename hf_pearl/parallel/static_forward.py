@@ -26,23 +26,10 @@ class StaticForward:
 
     A token of padding is what an earlier step left there, belongs to no sequence, and is stored nowhere; nobody reads
     its logits.
-
-    Parameters
-    ----------
-    room : callable
-        Gives the tensor, with at least as many rows as logits `(T, V)`, that these are copied to.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: PagedPrefixCache,
-        bucket: Bounds,
-        device: torch.device,
-        room: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, cache: PagedPrefixCache, bucket: Bounds, device: torch.device) -> None:
         self._model = weakref.ref(model)
-        self._room = room
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.tables = StepTables(limits_of(bucket, cache.block_size), cache.block_size, device, bucket)
         self._step = StaticStep(cache, self.tables)
@@ -69,8 +56,13 @@ class StaticForward:
             self.numbers.copy_(self._on_host, non_blocking=True)
             self._copied.record(torch.cuda.current_stream(self.numbers.device))
 
-    def capture(self, capture: Capture) -> None:
+    def capture(self, capture: Capture, room: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Capture the forward; the step that is filled in is computed, perhaps several times.
+
+        Parameters
+        ----------
+        room : callable
+            Gives the tensor, with at least as many rows as logits `(T, V)`, that these are copied to.
 
         Raises
         ------
@@ -79,7 +71,7 @@ class StaticForward:
         """
         logits = self._forward()
         with torch.inference_mode(False):
-            self.logits = self._room(logits)[: logits.shape[0]]
+            self.logits = room(logits)[: logits.shape[0]]
         self._captured = capture.capture(self._run)
 
     def replay(self) -> torch.Tensor:
