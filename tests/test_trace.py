@@ -13,10 +13,12 @@ import torch
 from models import enabled_for_tiny_models, noisy_copy, random_prompts, tiny_model
 
 from hf_pearl import PearlConfig
-from hf_pearl.decoding.messages import DraftStep
+from hf_pearl.decoding.messages import DraftStep, Window
 from hf_pearl.decoding.stats import PearlStats
 from hf_pearl.decoding.trace import TargetForward
 from hf_pearl.parallel.streams import LaneStream, nvtx_range, on_lane_stream
+
+WINDOW = Window(0, (1, 2), 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,10 +95,10 @@ def test_the_trace_of_a_call_holds_every_forward_of_both_lanes(execution: Any, s
 def test_elsewhere_than_on_cuda_streams_and_ranges_do_nothing() -> None:
     device = torch.device("cpu")
     stream = LaneStream(device, is_urgent=True)
-    with stream.running(), on_lane_stream(device), nvtx_range(device, "target", 3):
+    with stream.running(), on_lane_stream(device), nvtx_range(device, "target", [WINDOW]):
         assert torch.ones(2).sum() == 2
     stream.join()
-    assert nvtx_range(device, "target", 3) is nvtx_range(device, "draft", 1)
+    assert nvtx_range(device, "target", [WINDOW]) is nvtx_range(device, "draft", [])
 
 
 @pytest.mark.cuda
@@ -105,7 +107,7 @@ def test_on_cuda_lanes_have_streams_that_wait_for_the_caller_and_it_for_them() -
     outer, numbers = torch.cuda.current_stream(device), torch.zeros(1 << 24, device=device)
     numbers += 1
     draft = LaneStream(device, is_urgent=True)
-    with on_lane_stream(device), nvtx_range(device, "target", 1):
+    with on_lane_stream(device), nvtx_range(device, "target", [WINDOW]):
         inner = torch.cuda.current_stream(device)
         numbers *= 3
     assert inner != outer and torch.cuda.current_stream(device) == outer

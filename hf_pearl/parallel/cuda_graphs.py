@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..cache import PagedPrefixCache, PagedSequence
+from ..cache.paged_layer import Held
 from ..cache.step_tables import Bounds, needs
 from .graph_buckets import bucket_of, largest_like
 from .graph_capture import Capture, capture_for
@@ -62,6 +63,7 @@ class GraphRunner:
         self._layout = cache.layout
         self._obstacle = obstacle_to_capture(model)
         self._num_steps: Counter[Bounds] = Counter()
+        self._held: set[Held] = set()
         self._logits: torch.Tensor | None = None
         self._say(model)
 
@@ -87,8 +89,9 @@ class GraphRunner:
         """Whether any forward can be captured: nothing stands against it, and kernels read the cache."""
         if self._obstacle is not None:
             return False
-        held = {layer.held for layer in self.cache.layers if layer.pools is not None and layer.held is not None}
-        return bool(held) and all(self.cache.backend.kernels(each) is not None for each in held)
+        if not self._held:  # The first forward of all makes the pools of every layer that keeps something.
+            self._held = {layer.held for layer in self.cache.layers if layer.pools is not None and layer.held}
+        return bool(self._held) and all(self.cache.backend.kernels(held) is not None for held in self._held)
 
     def bucket(self, sequences: Sequence[PagedSequence], packed: PackedWindows) -> Bounds | None:
         """The size that a step runs in; None: it is too large for all."""
@@ -118,6 +121,7 @@ class GraphRunner:
             static.release()
         self.forwards.clear()
         self._num_steps.clear()
+        self._held.clear()
         self._capture.release()
         self._logits = None
         self._layout = self.cache.layout

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..model_devices import devices_of, is_dispatched
 from ..models import all_modules
 
-_KNOWN_PACKAGES = ("torch", "transformers", "peft", "hf_pearl")
+_KNOWN = ("torch.", "transformers.", "peft.", "hf_pearl.borrowed_embeddings.")  # packages and modules
 
 
 def obstacle_to_capture(model: PreTrainedModel) -> str | None:
@@ -46,6 +46,6 @@ def _obstacle_in(module: torch.nn.Module) -> str | None:
         return "is compiled"
     if "parametrizations" in module._modules:
         return "computes its weights"
-    if type(module).__module__.partition(".")[0] not in _KNOWN_PACKAGES:
+    if not f"{type(module).__module__}.".startswith(_KNOWN):
         return "is of a class that may do anything"
     return None

@@ -137,7 +137,7 @@ class ModelLane:
         sequences = [self._sequences[window.request_id] for window in windows]
         self._append(sequences, windows)
         try:
-            with nvtx_range(self.device, self.name, sum(len(window.token_ids) for window in windows)):
+            with nvtx_range(self.device, self.name, windows):
                 return self._forward(sequences, windows)
         except PearlOutOfBlocksError:  # not even the pools could be made
             for sequence, window in zip(sequences, windows, strict=True):

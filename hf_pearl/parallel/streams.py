@@ -8,10 +8,12 @@ the host, and so no lane's stream ever waits for the other's; they are ordered w
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+
+from ..decoding.messages import Window
 
 _NO_RANGE: AbstractContextManager[None] = nullcontext()
 
@@ -63,8 +65,9 @@ def on_lane_stream(device: torch.device) -> Iterator[None]:
         stream.join()
 
 
-def nvtx_range(device: torch.device, what: str, num_tokens: int) -> AbstractContextManager[None]:
+def nvtx_range(device: torch.device, what: str, windows: Sequence[Window]) -> AbstractContextManager[None]:
     """A range that profilers of NVIDIA show, "target: 9 tokens"."""
     if device.type != "cuda":
         return _NO_RANGE
+    num_tokens = sum(len(window.token_ids) for window in windows)
     return torch.cuda.nvtx.range(f"{what}: {num_tokens} tokens")
