@@ -164,6 +164,12 @@ class GraphRunner:
             logger.info_once(f"Forwards of {name} on {self.device} are not captured in CUDA graphs: {self._obstacle}.")
 
 
+def make_runner(model: PreTrainedModel, cache: PagedPrefixCache) -> GraphRunner | None:
+    """A runner for a model on its cache; None where nothing can be captured."""
+    capture = capture_for(cache.device)
+    return None if capture is None else GraphRunner(model, cache, capture)
+
+
 class LaneGraphs:
     """The runners of an engine's lanes, kept between calls."""
 
@@ -176,10 +182,9 @@ class LaneGraphs:
         if runner is not None and runner.cache is cache:
             return runner
         self.forget(name)
-        capture = capture_for(cache.device)
-        if capture is None:
-            return None
-        runner = self._runners[name] = GraphRunner(model, cache, capture)
+        runner = make_runner(model, cache)
+        if runner is not None:
+            self._runners[name] = runner
         return runner
 
     def forget(self, name: str) -> None:
