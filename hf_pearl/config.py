@@ -91,11 +91,13 @@ class PearlConfig:
     draft_devices: Devices = "auto"
     target_devices: Devices = "auto"
 
-    # No settings: guesses that a draft step computes at most, whether some are looked up in the text so far, and
-    # whether a target forward may verify several lines of a request. What these give is measured on subclasses.
+    # No settings: guesses that a draft step computes at most, whether some are looked up in the text so far, whether a
+    # target forward may verify several lines of a request, and whether small forwards are captured in CUDA graphs. What
+    # these give is measured on subclasses.
     max_draft_width: ClassVar[int] = MAX_WIDTH
     looks_up: ClassVar[bool] = True
     verifies_tree: ClassVar[bool] = True
+    captures: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not _is_auto(self.draft_length):

@@ -35,12 +35,14 @@ from .interrupts import KeptInterrupts
 from .learnt import Learnt, Runner
 from .model_devices import input_device
 from .parallel.cores import SharedCores, leaving_cores
+from .parallel.cuda_graphs import LaneGraphs
 from .parallel.draft_workers import DraftWorkers, Execution, for_hooks
 from .parallel.inline import InlineDraft
 from .parallel.lane import output_vocab_size
 from .parallel.memory import cache_share
 from .parallel.probe import check_computed
 from .parallel.rank_lane import Lane, assemble_ranks, new_cache, new_lane, num_ranks
+from .parallel.streams import on_lane_stream
 from .parallel.tensor_parallel import num_key_value_heads
 from .parallel.threads import ThreadDraft
 
@@ -66,6 +68,7 @@ class PearlEngine:
         self.caches: dict[str, PagedPrefixCache] = {}
         self.workers = DraftWorkers()  # They end with the engine, also when it is garbage.
         self.learnt = Learnt()
+        self.graphs = LaneGraphs()
         self._fingerprints: dict[str, object] = {}
         self._shares: dict[tuple[torch.device, int], int] = {}
 
@@ -97,11 +100,12 @@ class PearlEngine:
             cache = self.caches["target"]
             num_evicted = cache.statistics.evicted_blocks
             requests = self._requests(target, prompts, rules, call_seed)
-            target_lane = new_lane(target, cache, config.prefix_cache, config.cache_salt)
+            target_lane = self._lane("target", target, config)
             with (
                 KeptInterrupts() as interrupts,
                 self._sound_caches(),
                 target_lane.ready(),
+                on_lane_stream(target_lane.device),
                 leaving_cores(num_ranks(target)) as cores,
                 self._draft(target_lane, draft, requests, rules, config, stats, cores, interrupts) as runner,
                 interrupts.let_through(),
@@ -113,11 +117,11 @@ class PearlEngine:
                 loop = DecodingLoop(target_lane, requests, verifier, schedule, runner, stats)
                 loop.run()
                 if runner is not None:
-                    self._report(runner, loop, stats)
+                    self._report(runner, stats)
                     self.learnt.warn_if_the_draft_rests()
             stats.evicted_blocks = cache.statistics.evicted_blocks - num_evicted
             stats.cached_blocks = cache.pool.num_cached
-            stats.target_seconds = sum(end - start for start, end in loop.intervals)
+            stats.target_seconds = sum(each.ended - each.started for each in stats.target_timeline)
             stats.total_seconds = time.perf_counter() - started
             return requests, stats
 
@@ -142,6 +146,7 @@ class PearlEngine:
         """Give caches and worker back, as soon as no call is running; the next call begins cold."""
         with self.lock:
             self.workers.close()
+            self.graphs.release()
             self.caches.clear()
             self._fingerprints.clear()
 
@@ -156,21 +161,25 @@ class PearlEngine:
         self, target: PreTrainedModel, prompts: Sequence[Prompt], rules: Rules, call_seed: int | None
     ) -> list[Request]:
         device, vocab_size = input_device(target), output_vocab_size(target)
-        requests = []
-        for row, prompt in enumerate(prompts):
-            seed = None if call_seed is None else request_seed(call_seed, row)
-            requests.append(
-                Request(
-                    request_id=row,
-                    num_prompt_tokens=len(prompt.token_ids),
-                    padding=prompt.padding,
-                    max_length=rules.max_length - len(prompt.padding),
-                    verified=list(prompt.token_ids),
-                    seed=seed,
-                    noise=None if seed is None else NoiseSource(seed, vocab_size, device),
-                )
+        seeds = [None if call_seed is None else request_seed(call_seed, row) for row in range(len(prompts))]
+        return [
+            Request(
+                request_id=row,
+                num_prompt_tokens=len(prompt.token_ids),
+                padding=prompt.padding,
+                max_length=rules.max_length - len(prompt.padding),
+                verified=list(prompt.token_ids),
+                seed=seed,
+                noise=None if seed is None else NoiseSource(seed, vocab_size, device),
             )
-        return requests
+            for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+
+    def _lane(self, name: str, model: PreTrainedModel, config: PearlConfig) -> Lane:
+        cache = self.caches[name]
+        captures = config.captures and num_ranks(model) == 1
+        graphs = self.graphs.runner(name, model, cache) if captures else None
+        return new_lane(model, cache, config.prefix_cache, config.cache_salt, graphs, name)
 
     @contextmanager
     def _draft(
@@ -204,6 +213,7 @@ class PearlEngine:
             runner.abort()
             if isinstance(runner, ThreadDraft) and runner.error is not None:
                 del self.caches["draft"]  # Its books may be half written, and the thread may still run.
+                self.graphs.forget("draft")
 
     def _runner(
         self,
@@ -224,7 +234,7 @@ class PearlEngine:
         free_running = config.draft_length == "auto" and config.overlap
         if execution == "processes" and self.workers.worker is not None:
             return self.workers.worker.call(vocab_size, processors, pad_token_id, free_running, config)
-        lane = new_lane(draft, self.caches["draft"], config.prefix_cache, config.cache_salt)
+        lane = self._lane("draft", draft, config)
         if lane.device != self.caches["target"].device:
             processors = copies_on(lane.device, processors)
         distributions = LocalDistributions(MAX_LINE) if config.verification == "rejection" else None
@@ -246,8 +256,8 @@ class PearlEngine:
             runner.send(Admission(each.request_id, tuple(each.verified), length, each.num_padding, each.seed))
 
     @staticmethod
-    def _report(runner: Runner, loop: DecodingLoop, stats: PearlStats) -> None:
-        stats.add_draft(runner.finish(), loop.intervals)
+    def _report(runner: Runner, stats: PearlStats) -> None:
+        stats.add_draft(runner.finish())
         if runner.error is not None:
             logger.warning(
                 f"The draft lane failed, and the call went on without it: {type(runner.error).__name__}: {runner.error}"

@@ -27,6 +27,7 @@ from hf_pearl.parallel import placement
 from hf_pearl.registry import engines_of
 
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+copied_to_host: list[str] = []  # what made the host wait for a device
 
 
 class Elsewhere(torch.Tensor):
@@ -52,6 +53,7 @@ class Elsewhere(torch.Tensor):
 
     def tolist(self) -> Any:
         """As of the tensor that it holds; torch refuses it for subclasses."""
+        copied_to_host.append("tolist")
         return self.held.tolist()
 
     @classmethod
@@ -77,6 +79,8 @@ class Elsewhere(torch.Tensor):
         if kwargs.get("device") is not None:
             device = torch.device(kwargs["device"])
             own_kwargs["device"] = torch.device("cpu")
+        if devices and (device.type == "cpu" or func is torch.ops.aten._local_scalar_dense.default):
+            copied_to_host.append(str(func))
         output = func(*own, **own_kwargs)
         known = {id(each.held): each for each in args if isinstance(each, Elsewhere)}  # what is written in place
 
@@ -246,6 +250,26 @@ def check_sampled_tokens() -> None:
         hf_pearl.release(target)
 
 
+def check_copies_to_host() -> None:
+    """A lane's step waits for its device once, when it asks for the tokens; each sequence's end once more."""
+    target = tiny_model("llama", 12)
+    draft = noisy_copy(target, 0.05, 13)
+    inputs = random_prompts(random.Random(14), 2, (5, 8))
+    placed = {"target_devices": "pretend:0", "draft_devices": "pretend:1"}
+    for sampling in (False, True):
+        for draft_length in (4, "auto"):
+            execution = "inline" if draft_length == 4 else "threads"
+            config = PearlConfig(execution=execution, draft_length=draft_length, seed=3, **placed)
+            options = {"do_sample": sampling, "max_new_tokens": 30, "return_dict_in_generate": True}
+            copied_to_host.clear()
+            stats = target.generate(**inputs, **options, assistant_model=draft, pearl=config).pearl
+            num_steps = stats.target_forwards + stats.draft_steps
+            assert stats.target_forwards > 4 and stats.draft_steps > 4, stats
+            num_others = 2 * len(inputs["input_ids"]) + 6  # ends; and what `generate` asks before and behind
+            assert num_steps // 2 < len(copied_to_host) <= num_steps + num_others, (num_steps, copied_to_host)
+    hf_pearl.release(target)
+
+
 def check_failed_move() -> None:
     """A model that cannot be moved as a whole is where it was, and the next call works."""
     target = tiny_model("llama", 9, num_hidden_layers=3)
@@ -299,6 +323,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "same tokens, llama": lambda: check_same_tokens("llama", 5),
     "same tokens, gpt2": lambda: check_same_tokens("gpt2", 2),
     "sampled tokens": check_sampled_tokens,
+    "copies to the host": check_copies_to_host,
     "a failed move": check_failed_move,
     "moved by its user": check_user_moves_it,
     "shared weights": check_shared_weights,

@@ -173,6 +173,7 @@ def pretended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "same tokens, llama",
         "same tokens, gpt2",
         "sampled tokens",
+        "copies to the host",
         "a failed move",
         "moved by its user",
         "shared weights",

@@ -21,13 +21,13 @@ from ..compat import (
     eager_attention,
     set_attention_implementation,
 )
-from .step import Attention, PagedStep
+from .step import Attention, Step
 
 ATTENTION_NAME = "hf_pearl_paged"
 
 
 class _Current(threading.local):
-    step: PagedStep | None = None
+    step: Step | None = None
 
 
 _current = _Current()
@@ -36,7 +36,7 @@ _switched: dict[int, tuple[int, str]] = {}  # id(config) -> (users, the implemen
 
 
 @contextmanager
-def paged_step(step: PagedStep) -> Iterator[None]:
+def paged_step(step: Step) -> Iterator[None]:
     """Make `step` the one that attention layers called from this thread write to and read from.
 
     A thread-local rather than a forward keyword, because some models (StableLM, Nemotron) do not pass keywords on to

@@ -61,6 +61,7 @@ class BatchOfRows(Cache, ABC):
         self._row_slots: RowSlots | None = None
         self._moves_from = 0
         self.backend = Backend()
+        self.layout = 0  # Counts how often pools moved, or the model may have changed: for who keeps addresses.
 
     @property
     @abstractmethod

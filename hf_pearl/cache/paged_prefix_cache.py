@@ -199,6 +199,7 @@ class PagedPrefixCache(BatchOfRows):
         num_blocks = min(2 * self.pool.num_blocks, self.pool.max_blocks)
         if num_blocks == self.pool.num_blocks:
             return False
+        self.layout += 1
         try:
             for layer in self.layers:
                 layer.resize(num_blocks * self.block_size)
@@ -259,6 +260,7 @@ class PagedPrefixCache(BatchOfRows):
 
     def clear(self) -> None:
         """Forget every prefix; sequences in use keep their blocks."""
+        self.layout += 1
         self.index.clear()
         self.pool.evict_all()
 

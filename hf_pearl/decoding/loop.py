@@ -15,7 +15,8 @@ from .messages import Removal, Verdict, Window
 from .request import Request
 from .schedule import NoDraft
 from .scheduler import Scheduler
-from .stats import Interval, PearlStats
+from .stats import PearlStats
+from .trace import TargetForward
 from .verification import Verifier
 
 MAX_TOKENS_PER_FORWARD = 4096
@@ -72,7 +73,6 @@ class DecodingLoop:
         self.stats = stats
         self.clock = clock
         self.scheduler = Scheduler(target, requests, not verifier.advances_together, stats)
-        self.intervals: list[Interval] = []
 
     def run(self) -> None:
         """Decode until every row has ended."""
@@ -91,17 +91,19 @@ class DecodingLoop:
             if self.scheduler.preempt():
                 return
             raise
-        ended = self.clock()
-        self.intervals.append((started, ended))
+        ended = self.clock() if logits.device.type == "cpu" else None
         self.stats.target_forwards += 1
         self.stats.undrafted_forwards += self.schedule.is_resting
         self.schedule.after_forward()
         self._queue(launch, logits)
-        verdicts = self.verifier.judge()
+        verdicts, num_accepted = self.verifier.judge(), self.stats.accepted_tokens
+        ended = self.clock() if ended is None else ended  # Elsewhere a forward has ended when its tokens are known.
         self._count(launch, verdicts)
         self._commit(verdicts)
+        num_tokens = sum(len(window.token_ids) for window in launch.windows)
+        num_accepted = self.stats.accepted_tokens - num_accepted
+        self.stats.target_timeline.append(TargetForward(started, ended, num_tokens, num_accepted))
         if launch.is_decode:
-            num_tokens = sum(len(window.token_ids) for window in launch.windows)
             seconds = self.clock() - began - self.schedule.waited_seconds
             self.schedule.learn(num_tokens, seconds, sum(map(len, verdicts.values())))
 

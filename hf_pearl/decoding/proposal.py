@@ -15,6 +15,7 @@ from .draft_distributions import DraftDistributions
 from .messages import Admission, Removal
 from .noise import DRAFT_STREAM, SHARED_STREAM, NoiseSource
 from .noisy_scores import Draw, noisy_scores
+from .on_host import on_host
 from .processors import is_of_scores
 
 
@@ -95,9 +96,10 @@ class Proposer:
             gaps = noisy.gather(1, chosen[:, 1:]) - noisy.gather(1, first)
             confidence = torch.cat([confidence, gaps.sigmoid()], dim=1)
         confidence = confidence.nan_to_num(0.0)  # NaN where the processors exclude every token
+        every_sure, every_token = on_host(confidence, chosen)
         return [
             [Guess(*guess) for guess in zip(tokens, sure, strict=True)]
-            for tokens, sure in zip(chosen.tolist(), confidence.tolist(), strict=True)
+            for tokens, sure in zip(every_token, every_sure, strict=True)
         ]
 
     @staticmethod

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .messages import DraftReport
+from .messages import DraftReport, DraftStep
+from .trace import TargetForward, trace_events, write_trace
 
 Interval = tuple[float, float]
 
@@ -54,6 +56,8 @@ class PearlStats:
         Wall time of the call inside the engine.
     execution : str
         How the draft lane ran.
+    target_timeline, draft_timeline : list of TargetForward, list of DraftStep
+        Every forward of each lane; of a draft in a process the last 4096.
     """
 
     target_forwards: int = 0
@@ -80,6 +84,8 @@ class PearlStats:
     overlap_seconds: float = 0.0
     total_seconds: float = 0.0
     execution: str = "none"
+    target_timeline: list[TargetForward] = field(default_factory=list, repr=False)
+    draft_timeline: list[DraftStep] = field(default_factory=list, repr=False)
 
     @property
     def mean_accepted_tokens(self) -> float:
@@ -102,6 +108,20 @@ class PearlStats:
         """For each place of a window, the share of its draft tokens that stood, given that all before them did."""
         return [stood / judged for stood, judged in zip(self.stood_at, self.judged_at, strict=True) if judged]
 
+    def add_draft(self, report: DraftReport) -> None:
+        """Take over what the draft says of the call, behind the target's last forward."""
+        self.draft_steps, self.drafted_tokens = report.num_steps, report.num_drafted
+        self.draft_prefilled_tokens = report.num_prefilled
+        self.wasted_draft_tokens = report.num_drafted - (self.accepted_tokens - self.accepted_looked_up_tokens)
+        self.draft_timeline = list(report.timeline)
+        lanes = [[each[:2] for each in lane] for lane in (self.target_timeline, self.draft_timeline)]
+        self.draft_seconds = sum(end - start for start, end in lanes[1])
+        self.overlap_seconds = overlap(*lanes)
+
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the forwards of both lanes to a file that https://ui.perfetto.dev and `chrome://tracing` show."""
+        write_trace(path, trace_events(self.target_timeline, self.draft_timeline))
+
     def judge(self, place: int, stood: bool, is_looked_up: bool = False) -> None:
         """Count a guess at `place` of its window, all before which stood."""
         while place >= len(self.judged_at):
@@ -111,16 +131,6 @@ class PearlStats:
         self.stood_at[place] += stood
         self.accepted_tokens += stood
         self.accepted_looked_up_tokens += stood and is_looked_up
-
-    def add_draft(self, report: DraftReport, target_intervals: Sequence[Interval]) -> None:
-        """Count what the draft did, when all else is counted."""
-        self.draft_steps = report.num_steps
-        self.drafted_tokens = report.num_drafted
-        self.wasted_draft_tokens = report.num_drafted - (self.accepted_tokens - self.accepted_looked_up_tokens)
-        self.draft_prefilled_tokens = report.num_prefilled
-        intervals = [(step.started, step.ended) for step in report.timeline]
-        self.draft_seconds = sum(end - start for start, end in intervals)
-        self.overlap_seconds = overlap(target_intervals, intervals)
 
 
 def overlap(first: Sequence[Interval], second: Sequence[Interval]) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .noisy_scores import Draw, noisy_max
+from .on_host import on_host
 from .rejection import RejectionSampler
 from .request import Request
 from .rules import Rules
@@ -182,20 +183,20 @@ def choose(scores: torch.Tensor, draws: Sequence[Draw] | None, ignored: Sequence
     """
     if draws is None:
         return scores.argmax(dim=-1).tolist()
-    values, token_ids = noisy_max(scores, draws)
+    values, token_ids = on_host(*noisy_max(scores, draws))
     check_finite(values, ignored)
-    return token_ids.tolist()
+    return token_ids
 
 
 def choose_by(sampler: RejectionSampler, scores: torch.Tensor, counts: Sequence[tuple[Request, int]]) -> list[int]:
     """The token per row of `scores` `(N, V)` as `sampler` chooses it; raises as `choose` does."""
-    check_finite(scores.amax(dim=-1))
+    check_finite(scores.amax(dim=-1).tolist())
     return sampler.choose(scores, counts)
 
 
-def check_finite(values: torch.Tensor, ignored: Sequence[bool] = ()) -> None:
-    """Refuse to sample where the best score of a row, `values` `(N,)`, is none."""
-    for row, value in enumerate(values.tolist()):
+def check_finite(values: Sequence[float], ignored: Sequence[bool] = ()) -> None:
+    """Refuse to sample where the best score of a row, one of `N` `values`, is none."""
+    for row, value in enumerate(values):
         if not math.isfinite(value) and not (ignored and ignored[row]):
             raise ValueError(
                 f"sampling needs scores with a finite maximum, got {value} after the logits processors. Check the "

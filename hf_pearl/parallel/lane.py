@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from transformers import PreTrainedModel
 
 from ..cache import PagedPrefixCache, PagedSequence
 from ..cache.attention import paged_attention, paged_step, register
-from ..cache.sdpa import TreeMask
 from ..cache.step import PagedStep
 from ..decoding.messages import Window
 from ..errors import PearlOutOfBlocksError
 from ..model_devices import computing_devices, input_device
 from ..models import all_modules
+from .cuda_graphs import GraphRunner
 from .inference import may_use_inference_mode
+from .packed_windows import PackedWindows, pack
+from .streams import nvtx_range
 
 
 def output_vocab_size(model: PreTrainedModel) -> int:
@@ -40,6 +42,10 @@ class ModelLane:
         Whether prefixes are found again by later requests.
     cache_salt : str
         Only prefixes that came under the same salt are found.
+    graphs : GraphRunner or None
+        Computes small forwards by replaying captured ones, where it can.
+    name : str
+        What profilers show.
 
     Attributes
     ----------
@@ -48,18 +54,26 @@ class ModelLane:
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: PagedPrefixCache, prefix_cache: bool = True, cache_salt: str = ""
+        self,
+        model: PreTrainedModel,
+        cache: PagedPrefixCache,
+        prefix_cache: bool = True,
+        cache_salt: str = "",
+        graphs: GraphRunner | None = None,
+        name: str = "lane",
     ) -> None:
         register()
         self.model = model
         self.cache = cache
         self.prefix_cache = prefix_cache
         self.cache_salt = cache_salt
+        self.graphs, self.name = graphs, name
         self.device = input_device(model)
         self._is_spread = len(computing_devices(model)) > 1
         self.vocab_size = model.get_input_embeddings().num_embeddings
         self._sequences: dict[int, PagedSequence] = {}
         self._with_nan: set[int] = set()  # Masked attention spreads a NaN to tokens before it: nobody may find those.
+        self._nan_on_device: torch.Tensor | None = None  # the same of all sequences of the call, where asking waits
         self._no_mask = torch.zeros(1, 1, 1, 1)
         self._may_use_inference_mode = may_use_inference_mode(model)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -81,6 +95,7 @@ class ModelLane:
                 self.cache.free(sequence)
             self._sequences.clear()
             self._with_nan.clear()
+            self._nan_on_device = None
             for module in training:  # One by one: a part of a model that is trained may be frozen.
                 module.training = True
 
@@ -122,45 +137,62 @@ class ModelLane:
         sequences = [self._sequences[window.request_id] for window in windows]
         self._append(sequences, windows)
         try:
-            return self._forward(sequences, windows)
+            with nvtx_range(self.device, self.name, windows):
+                return self._forward(sequences, windows)
         except PearlOutOfBlocksError:  # not even the pools could be made
             for sequence, window in zip(sequences, windows, strict=True):
                 self.cache.rollback(sequence, sequence.length - len(window.token_ids))
             raise
 
     def _forward(self, sequences: list[PagedSequence], windows: Sequence[Window]) -> torch.Tensor:
-        token_ids: list[int] = []
-        positions: list[int] = []
-        kept: list[int] = []
-        for sequence, window in zip(sequences, windows, strict=True):
-            token_ids.extend(window.token_ids)
-            positions.extend(_positions(sequence, window))
-            kept.extend(range(len(token_ids) - window.num_logits, len(token_ids)))
-        known = self.vocab_size
-        packed = torch.tensor([[token if token < known else 0 for token in token_ids]]).to(self.device)
-        inputs: dict[str, torch.Tensor | int] = {
-            "input_ids": packed,
-            "position_ids": torch.tensor([positions]).to(self.device),
-        }
-        if self._takes_logits_to_keep and len(kept) < len(token_ids):
-            inputs["logits_to_keep"] = self._logits_to_keep(kept, len(token_ids))
-        # A NaN that is read from behind a row shows in the logits only where every new token has some.
-        may_read_beyond = len(kept) == len(token_ids)
-        num_new = [len(window.token_ids) for window in windows]
-        trees = [None if window.branches is None else TreeMask(*window.branches) for window in windows]
-        step = PagedStep(self.cache, sequences, num_new, may_read_beyond, trees)
-        logits = self._compute(step, inputs)
-        has_nan = math.isnan(logits.sum().item())
-        if has_nan and step.has_read_beyond:
-            step.read_by_row()
+        packed = pack(sequences, windows, self.vocab_size)
+        logits, is_clean = self._replayed(sequences, packed), False
+        if logits is None:
+            # A NaN that is read from behind a row shows in the logits only where every new token has some.
+            may_read_beyond = len(packed.kept) == len(packed.token_ids)
+            step = PagedStep(self.cache, sequences, packed.num_new, may_read_beyond, packed.trees)
+            inputs = self._inputs(packed)
             logits = self._compute(step, inputs)
-            has_nan = math.isnan(logits.sum().item())
-        if has_nan:
-            self._with_nan.update(window.request_id for window in windows)
-        if logits.shape[0] == len(kept):
+            if step.has_read_beyond:
+                is_clean = not _has_nan(logits)
+                if not is_clean:
+                    step.read_by_row()
+                    logits = self._compute(step, inputs)
+        if not is_clean:
+            self._note_nan(logits, windows)
+        if logits.shape[0] == len(packed.kept):
             return logits
-        num_without = len(token_ids) - logits.shape[0]
-        return logits[[place - num_without for place in kept]]
+        num_without = len(packed.token_ids) - logits.shape[0]
+        return logits[[place - num_without for place in packed.kept]]
+
+    def _note_nan(self, logits: torch.Tensor, windows: Sequence[Window]) -> None:
+        """Remember whether there was a NaN; elsewhere than on a CPU on the device: to ask waits for the forward."""
+        if self.device.type == "cpu":
+            if _has_nan(logits):
+                self._with_nan.update(window.request_id for window in windows)
+            return
+        has_nan = logits.sum().isnan()
+        self._nan_on_device = has_nan if self._nan_on_device is None else self._nan_on_device | has_nan
+
+    def _inputs(self, packed: PackedWindows) -> dict[str, torch.Tensor | int]:
+        inputs: dict[str, torch.Tensor | int] = {
+            "input_ids": torch.tensor([packed.token_ids]).to(self.device),
+            "position_ids": torch.tensor([packed.positions]).to(self.device),
+        }
+        if self._takes_logits_to_keep and len(packed.kept) < len(packed.token_ids):
+            inputs["logits_to_keep"] = self._logits_to_keep(packed.kept, len(packed.token_ids))
+        return inputs
+
+    def _replayed(self, sequences: list[PagedSequence], packed: PackedWindows) -> torch.Tensor | None:
+        """The logits of a captured forward, copied from where its next replay writes them; None: there is none."""
+        if self.graphs is None:
+            return None
+        with self._mode():
+            logits = self.graphs.forward(self.model, sequences, packed)
+        return None if logits is None else logits.clone()
+
+    def _mode(self) -> AbstractContextManager[object]:
+        return torch.inference_mode() if self._may_use_inference_mode else torch.no_grad()
 
     def _logits_to_keep(self, kept: list[int], num_tokens: int) -> torch.Tensor | int:
         """The places whose logits are wanted, or how many at the end hold them: numbers lie on no device."""
@@ -170,8 +202,7 @@ class ModelLane:
 
     def _compute(self, step: PagedStep, inputs: dict[str, torch.Tensor | int]) -> torch.Tensor:
         is_inside = torch.is_inference_mode_enabled()
-        mode = torch.inference_mode if self._may_use_inference_mode else torch.no_grad
-        with paged_step(step), mode():
+        with paged_step(step), self._mode():
             # A mask of four dimensions is passed on as it is and never read: nobody takes the time to make one.
             logits = self.model(**inputs, attention_mask=self._no_mask, use_cache=False).logits[0]
             logits = logits.to(self.device)  # The last layer's may be another one.
@@ -206,13 +237,11 @@ class ModelLane:
     def release(self, request_id: int, verified: Sequence[int]) -> None:
         """End a sequence; its `verified` tokens may be found again by later requests."""
         sequence = self._sequences.pop(request_id)
-        if self.prefix_cache and request_id not in self._with_nan:
+        has_nan = request_id in self._with_nan or (self._nan_on_device is not None and bool(self._nan_on_device))
+        if self.prefix_cache and not has_nan:
             self.cache.insert_prefix(sequence, verified)
         self.cache.free(sequence)
 
 
-def _positions(sequence: PagedSequence, window: Window) -> Iterable[int]:
-    if window.branches is None:
-        return range(sequence.length - len(window.token_ids), sequence.length)
-    num_common, paths = window.branches
-    return (num_common + len(path) - 1 for path in paths)
+def _has_nan(logits: torch.Tensor) -> bool:
+    return math.isnan(logits.sum().item())

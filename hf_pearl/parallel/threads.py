@@ -6,7 +6,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 
@@ -16,6 +15,7 @@ from ..errors import PearlWorkerError
 from . import heartbeat
 from .draft_loop import EndOfCall, run_draft_loop
 from .rank_lane import Lane
+from .streams import LaneStream
 
 POLL_SECONDS = 0.1
 
@@ -65,14 +65,13 @@ class ThreadDraft:
         self._num_steps = 0
         self._error: BaseException | None = None
         self._has_ended = False
+        self._stream = LaneStream(lane.device, is_urgent=True)
         self._thread = threading.Thread(target=self._run, args=(free_running,), name="hf_pearl draft lane", daemon=True)
         self._thread.start()
 
     def _run(self, free_running: bool) -> None:
-        device = self._lane.device
-        stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
         try:
-            with self._lane.ready(), stream:
+            with self._lane.ready(), self._stream.running():
                 run_draft_loop(self._drafter, self._inbox, self._publish, free_running)
         except BaseException as error:  # Whatever it is, the call goes on without a draft and says so.
             self._error = error
@@ -159,5 +158,7 @@ class ThreadDraft:
         self._thread.join(POLL_SECONDS)
         while self._thread.is_alive() and not (self._stands_still() or self._is_hurried()):
             self._thread.join(POLL_SECONDS)
-        if self._thread.is_alive() and self._error is None:
+        if not self._thread.is_alive():
+            self._stream.join()
+        elif self._error is None:
             self._error = PearlWorkerError(f"draft lane, step {self._num_steps}: it was left behind by an interrupt")

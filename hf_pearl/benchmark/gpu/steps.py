@@ -18,6 +18,7 @@ from ...decoding.drafting import Drafter
 from ...decoding.messages import Admission, TokenTree, Verdict, Window
 from ...decoding.proposal import Proposer
 from ...model_devices import input_device
+from ...parallel.cuda_graphs import make_runner
 from ...parallel.lane import ModelLane, output_vocab_size
 from .observing import Observed, observe
 from .parts import Figures
@@ -40,7 +41,8 @@ class WideDrafter(Drafter):
 
 def make_lane(model: PreTrainedModel) -> ModelLane:
     """A lane as the engine makes it, with a cache of its own, in which nothing is found again."""
-    return ModelLane(model, PagedPrefixCache(model.config, device=input_device(model)), prefix_cache=False)
+    cache = PagedPrefixCache(model.config, device=input_device(model))
+    return ModelLane(model, cache, prefix_cache=False, graphs=make_runner(model, cache))
 
 
 def draft_steps(model: PreTrainedModel, rows: Rows, num_guesses: int, num_steps: int) -> Figures:

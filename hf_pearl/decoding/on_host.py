@@ -1,0 +1,15 @@
+"""What the host has to know of a step, in one copy: each waits for all that the device still has to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def on_host(numbers: torch.Tensor, token_ids: torch.Tensor) -> tuple[list[Any], list[Any]]:
+    """Float32 numbers and token ids, of one shape, as lists."""
+    if numbers.device.type == "cpu":
+        return numbers.tolist(), token_ids.tolist()
+    bits, ids = torch.stack([numbers.view(torch.int32).long(), token_ids]).cpu()
+    return bits.int().view(torch.float32).tolist(), ids.tolist()

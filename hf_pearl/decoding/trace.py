@@ -1,0 +1,64 @@
+"""The timeline of both lanes as a trace that Perfetto and Chrome's `about:tracing` show.
+
+The format is Chrome's "Trace Event Format": a complete event per forward, `ts` and `dur` in microseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .messages import DraftStep
+
+_PROCESS = 1
+_THREADS = {"target": 1, "draft": 2}
+
+
+class TargetForward(NamedTuple):
+    """When a target forward began and ended, in seconds, its tokens, and the draft tokens of it that stood."""
+
+    started: float
+    ended: float
+    num_tokens: int
+    num_accepted: int
+
+
+def trace_events(forwards: Sequence[TargetForward], steps: Sequence[DraftStep]) -> list[dict[str, Any]]:
+    """What happened, counted from the first event of either lane."""
+    first = min((start for start, *_ in (*forwards, *steps)), default=0.0)
+    events: list[dict[str, Any]] = [_named("process_name", 0, "hf_pearl")]
+    events += [_named("thread_name", thread, f"{lane} lane") for lane, thread in _THREADS.items()]
+    events += [_named("thread_sort_index", thread, thread, "sort_index") for thread in _THREADS.values()]
+    for start, end, num_tokens, num_accepted in forwards:
+        counts = {"tokens": num_tokens, "accepted draft tokens": num_accepted}
+        events.append(_complete("target", f"{num_tokens} tokens", start - first, end - first, counts))
+    for start, end, num_guesses in steps:
+        events.append(
+            _complete("draft", f"{num_guesses} guesses", start - first, end - first, {"guesses": num_guesses})
+        )
+    return events
+
+
+def write_trace(path: str | os.PathLike[str], events: Iterable[dict[str, Any]]) -> None:
+    """Write a trace file, JSON."""
+    Path(path).write_text(json.dumps({"traceEvents": list(events), "displayTimeUnit": "ms"}), encoding="utf-8")
+
+
+def _named(what: str, thread: int, value: str | int, key: str = "name") -> dict[str, Any]:
+    return {"ph": "M", "name": what, "pid": _PROCESS, "tid": thread, "args": {key: value}}
+
+
+def _complete(lane: str, name: str, started: float, ended: float, counts: dict[str, int]) -> dict[str, Any]:
+    return {
+        "ph": "X",
+        "cat": lane,
+        "name": name,
+        "pid": _PROCESS,
+        "tid": _THREADS[lane],
+        "ts": round(1e6 * started, 3),
+        "dur": round(1e6 * (ended - started), 3),
+        "args": counts,
+    }
