@@ -111,6 +111,11 @@ def resident_memory() -> int:
     return psutil.Process().memory_info().rss
 
 
+def workers() -> list[psutil.Process]:
+    """The draft lanes' processes."""
+    return [child for child in psutil.Process().children() if "hf_pearl.parallel.worker" in child.cmdline()]
+
+
 def slope(values: list[int], distance: int) -> float:
     """Median of the slopes between all pairs of values that lie `distance` calls apart each (Theil and Sen)."""
     return statistics.median(
@@ -132,8 +137,9 @@ def frozen_heap() -> Iterator[None]:
 def growth_per_call(
     pair: tuple[PreTrainedModel, PreTrainedModel], chance: random.Random, execution: str, num_calls: int
 ) -> float:
-    """Bytes of resident memory per call; nothing else may be left behind by any."""
-    before, sizes = take_stock(), []
+    """Bytes of resident memory per call, here or in the workers; nothing else may be left behind by any."""
+    before, sizes, of_workers = take_stock(), [], []
+    num_descriptors = sum(worker.num_fds() for worker in workers())
     with frozen_heap():
         for index in range(num_calls):
             make_a_call(pair, chance, execution)
@@ -141,8 +147,10 @@ def growth_per_call(
             if index % 10 == 0:
                 gc.collect()
                 sizes.append(resident_memory())
+                of_workers.append(sum(worker.memory_info().rss for worker in workers()))
                 assert not (leaked := take_stock().beyond(before)), f"left by call {index} or one before it: {leaked}"
-    return slope(sizes, 10)
+    assert sum(worker.num_fds() for worker in workers()) == num_descriptors
+    return max(slope(sizes, 10), slope(of_workers, 10))
 
 
 def run_calls(execution: str, num_calls: int, seed: int) -> None:
