@@ -359,8 +359,8 @@ def test_calls_on_captured_forwards_give_the_tokens_of_generate(
     target = tiny_model(architecture, seed)
     draft = noisy_copy(target, 0.05, seed)
     inputs = random_prompts(random.Random(seed), batch_size, (5, 20))
-    draft_length: Any = "auto" if execution == "threads" else 4
-    config = PearlConfig(draft_length=draft_length, execution=execution, attention="triton")
+    # Whether to wait for a draft that computes as slowly as its target is a matter of time: the length is fixed.
+    config = PearlConfig(draft_length=4, execution=execution, attention="triton")
     for _ in range(2):
         expected, output = assert_equal(target, draft, inputs, config, max_new_tokens=20)
     assert_varied(expected)

@@ -32,6 +32,8 @@ from hf_pearl.cache.backends import choose_kernels
 from hf_pearl.cache.paged_layer import Held
 from hf_pearl.cache.step import Attention, PagedStep
 from hf_pearl.cache.step_tables import Bounds, Limits, StepTables
+from hf_pearl.decoding.drafting import Drafter
+from hf_pearl.decoding.policy import Pace
 
 NUM_CASES = 264
 NUM_FAST = {kernels: 48, torch_kernels: 16}
@@ -193,7 +195,13 @@ def test_a_call_on_kernels_gives_the_tokens_of_generate(architecture: str, seed:
 @pytest.mark.parametrize(
     ("steps", "architecture"), implementations("llama", "mistral", fast="mistral"), indirect=["steps"]
 )
-def test_trees_of_draft_and_target_are_computed_by_kernels(architecture: str, seed: int, steps: list[Bounds]) -> None:
+def test_trees_of_draft_and_target_are_computed_by_kernels(
+    architecture: str, seed: int, steps: list[Bounds], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are as wide as can be, and all guesses are waited for and verified, whatever anything takes here."""
+    monkeypatch.setattr(Drafter, "row_cost", 0.0)
+    monkeypatch.setattr(Pace, "worth_verifying_above", lambda pace, num_rows: 0.0)
+    monkeypatch.setattr(Pace, "wait_pays", lambda pace, hoped, num_rows, step_seconds: hoped > 0.05)
     target = tiny_model(architecture, seed)
     draft = noisy_copy(target, 0.1, seed)
     inputs = random_prompts(random.Random(seed), 1, (20,))

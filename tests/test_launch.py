@@ -33,6 +33,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 import hf_pearl
 from hf_pearl import LaunchedPair, PearlConfig, PearlWorkerError
+from hf_pearl.benchmark.near_tie import first_difference, is_near_tie
 from hf_pearl.pair import demo_pair_folder
 from hf_pearl.parallel import shared_collectives
 from hf_pearl.parallel.child_ranks import ChildRanks
@@ -167,6 +168,28 @@ def test_tokens_and_acceptance_are_those_of_one_process(
             assert free.pearl.execution == "processes"
         for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
             assert process.net_connections(kind="inet") == []  # Nothing listens.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 3)])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_in_float32_a_first_difference_is_a_near_tie(
+    sizes: tuple[int, int], temperature: float, pairs: Callable[[str], Saved]
+) -> None:
+    """Ranks sum in another order than one process does."""
+    inputs, folders = pairs("embedded").inputs, pairs("embedded").folders
+    target, draft, _ = hf_pearl.load_demo_pair("cpu", torch.float32)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    expected = generate(target, inputs, assistant_model=draft, max_new_tokens=60, **sampling)
+    with hf_pearl.launch(*folders, draft_tp=sizes[0], target_tp=sizes[1], dtype=torch.float32) as pair:
+        output = generate(pair, inputs, max_new_tokens=60, **sampling)
+    start = inputs["input_ids"].shape[1]
+    for row, mask in enumerate(inputs["attention_mask"].bool()):
+        prompt = inputs["input_ids"][row : row + 1, mask]
+        right, got = (each.sequences[row, start:].tolist() for each in (expected, output))
+        if first_difference(right, got) is not None:
+            assert is_near_tie(target, prompt, right, got, temperature, LOCKSTEP.seed, row)
+    hf_pearl.release(target)
 
 
 def test_the_target_is_used_like_any_model(launched: LaunchedPair, saved: Saved) -> None:
