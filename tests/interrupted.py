@@ -53,16 +53,16 @@ def main(number: int, seed: int) -> None:
     """Interrupt `number` calls, and compare the call behind each with what is right."""
     chance, interrupts = random.Random(seed), Interrupts()
     signal.signal(signal.SIGINT, interrupts)
-    target = tiny_model("llama", 1, num_hidden_layers=4)
+    target = tiny_model("llama", 1, num_hidden_layers=3)
     draft = noisy_copy(target, 0.03, 2)
     inputs = random_prompts(chance, 2, (20, 33))
-    expected = target.generate(**inputs, do_sample=False, max_new_tokens=60).tolist()
+    expected = target.generate(**inputs, do_sample=False, max_new_tokens=40).tolist()
     latencies, num_drafted = [], 0
     before = take_stock()
     for index in range(number):
         execution, kind = EXECUTIONS[index % 3], KINDS[index // 3 % 3]
         config = PearlConfig(execution=execution, draft_length=chance.choice(("auto", 3)))
-        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 60, "assistant_model": draft, "pearl": config}
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 40, "assistant_model": draft, "pearl": config}
         sent: list[float] = []
         arguments = kind, chance.uniform(0.0, 0.3), chance.choice((0.0, 0.0001, 0.01)), sent
         sender = threading.Thread(target=send, args=arguments)

@@ -29,8 +29,13 @@ from models import (
 
 import hf_pearl
 from hf_pearl import PearlConfig
+from hf_pearl.engine import PearlEngine
+from hf_pearl.interrupts import KeptInterrupts
 from hf_pearl.parallel import heartbeat
 from hf_pearl.parallel.draft_workers import MAX_FAILURES, DraftWorker
+from hf_pearl.parallel.inline import InlineDraft
+from hf_pearl.parallel.processes import ProcessDraft
+from hf_pearl.parallel.threads import ThreadDraft
 from hf_pearl.registry import engine_for
 
 TESTS = Path(__file__).resolve().parent
@@ -286,6 +291,52 @@ def test_a_worker_that_runs_out_of_memory_is_survived(pair: Pair) -> None:
 
 
 # -- interrupts ---------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_is_kept_to_the_end_of_its_scope_and_let_through_inside() -> None:
+    handler, done = signal.getsignal(signal.SIGINT), []
+    with pytest.raises(KeyboardInterrupt), KeptInterrupts() as interrupts:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        done.append(interrupts.has_come)
+    with pytest.raises(KeyboardInterrupt), KeptInterrupts() as interrupts, interrupts.let_through():
+        signal.raise_signal(signal.SIGINT)
+        done.append("not reached")
+    with pytest.raises(KeyboardInterrupt), KeptInterrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        with interrupts.let_through():
+            done.append("not reached")
+    assert done == [True]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("execution", ["inline", "threads", "processes"])
+@pytest.mark.parametrize("where", ["_admit", "abort"])
+def test_set_up_and_clear_up_are_whole_whenever_an_interrupt_comes(
+    where: str, execution: str, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if execution == "processes":
+        worker = pair.served()
+    kinds = {"inline": InlineDraft, "threads": ThreadDraft, "processes": ProcessDraft}
+    owner = PearlEngine if where == "_admit" else kinds[execution]
+    original, num_whole = getattr(owner, where), 0
+
+    def interrupted(*args: Any) -> None:
+        nonlocal num_whole
+        signal.raise_signal(signal.SIGINT)
+        original(*args)
+        signal.raise_signal(signal.SIGINT)
+        num_whole += 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, staticmethod(interrupted) if where == "_admit" else interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pair.call(execution)
+    assert num_whole > 0
+    output, warnings = pair.call(execution)
+    assert not warnings and output.pearl.draft_steps > 0
+    if execution == "processes":
+        assert pair.worker() is worker
 
 
 def interrupt(number: int, seed: int) -> dict[str, Any]:
