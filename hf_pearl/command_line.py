@@ -135,7 +135,7 @@ def load_pair(args: argparse.Namespace) -> Pair:
     if args.target is not None and args.draft is None:
         raise UsageError("--target needs --draft: the embedded draft knows the embedded target's vocabulary only")
     device = named_device(args.device)
-    target_name, draft_name = _name(args.target, "target"), _name(args.draft, "draft")
+    target_name, draft_name = model_source(args.target, "target"), model_source(args.draft, "draft")
     with _reporting(f"--target {target_name}"):
         tokenizer = AutoTokenizer.from_pretrained(target_name)
         target = load_model(target_name, device, args.dtype)
@@ -160,7 +160,7 @@ def load_target(args: argparse.Namespace) -> tuple[PreTrainedModel, str]:
     UsageError
         A model or a device that cannot be used.
     """
-    device, name = named_device(args.device), _name(args.target, "target")
+    device, name = named_device(args.device), model_source(args.target, "target")
     with _reporting(f"--target {name}"):
         return load_model(name, device, args.dtype), str(name).removeprefix(f"{PACKAGED.parents[1]}/")
 
@@ -257,7 +257,8 @@ def named_device(name: str | None) -> torch.device:
     return device
 
 
-def _name(name: str | None, part: str) -> str | Path:
+def model_source(name: str | None, part: str) -> str | Path:
+    """What a user has named, or that part ("target", "draft") of the embedded pair."""
     if name is not None:
         return name
     try:

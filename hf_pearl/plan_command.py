@@ -7,12 +7,10 @@ Models are folders or names on the Hub, of which only the configuration and the 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
-from .command_line import DTYPES, UsageError, positive_int
-from .pair import demo_pair_folder
+from .command_line import DTYPES, UsageError, model_source, positive_int
 from .parallel.placement import MIN_TOKENS
 from .plan import plan
 
@@ -41,16 +39,15 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     try:
-        print(plan(_source(args.target, "target"), _source(args.draft, "draft"), args.devices, dtype, args.num_tokens))
+        print(
+            plan(
+                model_source(args.target, "target"),
+                model_source(args.draft, "draft"),
+                args.devices,
+                dtype,
+                args.num_tokens,
+            )
+        )
     except (ValueError, NotImplementedError) as error:
         raise UsageError(str(error)) from error
     return 0
-
-
-def _source(name: str | None, part: str) -> str | Path:
-    if name is not None:
-        return name
-    try:
-        return demo_pair_folder() / part
-    except FileNotFoundError as error:
-        raise UsageError(f"{error} (--target and --draft)") from error
