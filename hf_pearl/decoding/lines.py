@@ -123,6 +123,8 @@ class Lines:
             if drafted.token_ids:
                 behind = self._lookups[request.request_id].continuation(drafted.token_ids, MAX_LOOKED_UP)
                 lines.insert(0, self._extended(drafted, *behind))
+        if not drafted.token_ids and (not lines[0].token_ids or lines[0].chances[0] <= least):
+            return Proposal(lines[0], Guesses(), tree)  # Mostly so while the draft rests.
         best = max(lines, key=lambda line: line.expected_tokens)
         guesses = GuessTree(request.room)
         if self._is_tree and tree is not None and root is not None:

@@ -114,13 +114,13 @@ class Request:
         """
         self.guesses, self.stood = guesses, []
         depths = [0]
-        for row in range(logits.shape[0]):
+        for row, of_row in enumerate(logits.unbind()):
             behind = guesses.behind(row - 1)
             if row:
                 depths.append(depths[guesses.parents[row - 1] + 1] + 1)
             guess = guesses.token_ids[behind[0]] if behind else None
             q = distributions[row] if row < len(distributions) else None
-            self.pending.append(PendingChoice(logits[row], guess, row - 1, depths[row], q))
+            self.pending.append(PendingChoice(of_row, guess, row - 1, depths[row], q))
 
     def take(self, token_id: int) -> None:
         """One more verified token; the logits behind guesses that do not stand are dropped."""

@@ -67,7 +67,8 @@ class WhilePays(NoDraft):
         if self.is_resting:
             return self._drafting.without_draft(requests, self._benefits.plain_pace)
         self._num_drafting += 1
-        self._has_caught_up = self._num_drafting > PATIENCE or any(self._knows(request) for request in requests)
+        if not self._has_caught_up:
+            self._has_caught_up = self._num_drafting > PATIENCE or any(self._knows(request) for request in requests)
         return self._drafting.before_forward(requests)
 
     @property
