@@ -31,20 +31,18 @@ from .benchmark.heavier import heavier
 from .benchmark.plot import MISSING, is_matplotlib_available, plot
 from .benchmark.recording import describe_model, described, figures, measure_with_progress
 from .command_line import (
+    EMBEDDED,
     UsageError,
     add_pair_options,
     add_workload_options,
-    at_least_one,
-    existing_folder,
     load_pair,
     load_target,
     make_prompts,
-    positive_int,
-    writable_file,
     write_json,
 )
 from .enabling import disable, enable
 from .gpu_command import add_gpu_options, run_gpu
+from .option_types import at_least_one, existing_folder, png_file, positive_int, writable_file
 from .registry import release
 
 
@@ -92,7 +90,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--json-folder", metavar="FOLDER", type=existing_folder, help="write each measurement's figures to a file in it"
     )
-    group.add_argument("--plot", metavar="FILE", type=writable_file, help="draw all speed-ups (PNG); needs matplotlib")
+    group.add_argument("--plot", metavar="FILE", type=png_file, help="draw all speed-ups (PNG); needs matplotlib")
 
 
 def run_generation(args: argparse.Namespace) -> int:
@@ -164,7 +162,9 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 def run_cache(args: argparse.Namespace) -> int:
     """Measure the paged cache."""
     if args.draft is not None:
-        raise UsageError("--draft is an option of --suite generation")
+        raise UsageError("--draft is an option of the suites that generate")
+    if args.pair != EMBEDDED:
+        raise UsageError(f"--pair {args.pair}: --suite cache measures a --target")
     model, name = load_target(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)

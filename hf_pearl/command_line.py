@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmark import Workload
+from .option_types import positive_int, seed, temperature
 from .pair import PACKAGED, PROMPTS, default_device, demo_pair_folder, load_model
 from .smollm2 import QUESTIONS, as_chat, load_smollm2_pair
 
@@ -64,57 +65,6 @@ def add_workload_options(parser: argparse.ArgumentParser, many: bool = False) ->
         "--temperature", metavar="T", type=temperature, help="0, the default, is greedy decoding", **several
     )
     group.add_argument("--seed", metavar="N", type=seed, default=0, help="of sampling (default: 0)")
-
-
-def positive_int(text: str) -> int:
-    """An argparse type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    """An argparse type."""
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2**63 - 1, got {text!r}")
-    return int(text)
-
-
-def temperature(text: str) -> float:
-    """An argparse type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text!r}")
-    return value
-
-
-def at_least_one(text: str) -> float:
-    """An argparse type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 1.0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number from 1, got {text!r}")
-    return value
-
-
-def existing_folder(text: str) -> Path:
-    """An argparse type."""
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"must be a folder that exists, got {text!r}")
-    return Path(text)
-
-
-def writable_file(text: str) -> Path:
-    """An argparse type: a file to write to, in a folder that exists."""
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
-    return path
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
@@ -191,19 +141,26 @@ def read_prompts(path: Path) -> list[str]:
         It cannot be read, has a line of another form, or no line at all.
     """
     with _reporting(f"--prompts {path}"):
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # Other line ends may stand within a string of JSON.
     prompts = []
     for number, line in enumerate(lines, start=1):
-        try:
-            turn = json.loads(line)["turns"][0] if line.strip() else None
-        except (ValueError, KeyError, IndexError, TypeError):
-            turn = ""
-        if turn is not None and not (isinstance(turn, str) and turn):
+        turn = _first_turn(line) if line.strip() else None
+        if turn == "":
             raise UsageError(f'--prompts {path}: line {number} is not an object with "turns": ["...", ...]')
         prompts += [] if turn is None else [turn]
     if not prompts:
         raise UsageError(f"--prompts {path}: there is no prompt in it")
     return prompts
+
+
+def _first_turn(line: str) -> str:
+    """The first of an object's "turns"; nothing where there is none."""
+    try:
+        turns = json.loads(line)["turns"]
+        turn = turns[0] if isinstance(turns, list) else ""
+        return turn if isinstance(turn, str) and turn.encode() else ""  # Half of a surrogate pair cannot be encoded.
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        return ""
 
 
 def make_workload(args: argparse.Namespace, pair: Pair) -> Workload:
@@ -251,7 +208,7 @@ def named_device(name: str | None) -> torch.device:
         return default_device()
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name}: {_first_line(error)}") from error
     return device

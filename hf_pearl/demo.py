@@ -21,16 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .benchmark import DEMO, PEARL, Measurement, Workload, complete, notes, table, warm_up
 from .benchmark.recording import describe_model, figures, measure_with_progress
-from .command_line import (
-    add_pair_options,
-    add_workload_options,
-    load_pair,
-    make_workload,
-    positive_int,
-    writable_file,
-    write_json,
-)
+from .command_line import add_pair_options, add_workload_options, load_pair, make_workload, write_json
 from .enabling import disable, enable
+from .option_types import positive_int, writable_file
 from .registry import release
 from .streaming import DRAFTED, PLAIN, VerifiedStreamer
 

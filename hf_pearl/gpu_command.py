@@ -10,7 +10,8 @@ import torch
 
 from .benchmark.gpu import FULL, QUICK, gpu_tables, measure_gpu
 from .benchmark.recording import described
-from .command_line import EMBEDDED, UsageError, at_least_one, named_device, write_json
+from .command_line import EMBEDDED, UsageError, named_device, write_json
+from .option_types import at_least_one
 
 
 def add_gpu_options(parser: argparse.ArgumentParser) -> None:

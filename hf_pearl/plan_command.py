@@ -10,7 +10,8 @@ import argparse
 
 import torch
 
-from .command_line import DTYPES, UsageError, model_source, positive_int
+from .command_line import DTYPES, UsageError, model_source
+from .option_types import positive_int
 from .parallel.placement import MIN_TOKENS
 from .plan import plan
 

@@ -7,27 +7,31 @@ print(times, times.efficiency(measured_seconds))
 
 from __future__ import annotations
 
+import functools
+import math
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from . import compat
 from .config import PearlConfig
 from .decoding.calibration import MAX_RANKS
 from .decoding.messages import Admission
 from .decoding.noise import request_seed
+from .decoding.processors import draft_processors
 from .decoding.proposal import Prefix, Proposer
 from .decoding.recorded import TracedGuess
 from .decoding.simulation import Costs, Learnt, simulate_run
 from .generation import pearl_generate
 from .model_devices import input_device
+from .pair_checks import check_numbers, checked_models, checked_prompts
 from .parallel.lane import output_vocab_size
 
-MAX_DRAFT_LENGTH = 16
-PATIENCE = 3  # draft lengths without a gain after which longer ones are not tried
+DRAFT_LENGTHS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)  # as far as `PearlConfig` goes
+HOPELESS = 1.25  # times the best so far: longer ones are not tried
 
 
 class Trace(NamedTuple):
@@ -45,18 +49,20 @@ class SimulatedTimes(NamedTuple):
     plain : float
         The target alone.
     sequential : float
-        Ordinary speculative decoding with its best fixed draft length (Leviathan et al. 2023, arXiv 2211.17192).
+        Ordinary speculative decoding with its best fixed draft length (Leviathan et al. 2023, arXiv 2211.17192), of
+        `DRAFT_LENGTHS`.
     sequential_length : int
         That length.
     lockstep : float
-        PEARL with its best fixed draft length (arXiv 2408.11850).
+        PEARL with its best fixed draft length (arXiv 2408.11850), likewise.
     lockstep_length : int
         That length.
     pearl : float
         The default of this package: free-running, with a tree.
     bound : float
-        No draft that guesses as well could be faster: the target never waits, always verifies just as many guesses as
-        stand, and nobody else takes time.
+        The draft is never waited for: the target always verifies just as many of its likeliest guesses as stand, and
+        nobody else takes time. No schedule of a single line is faster; the draft's second guesses, and text that is
+        looked up, may carry `pearl` beyond it.
     """
 
     plain: float
@@ -68,7 +74,15 @@ class SimulatedTimes(NamedTuple):
     bound: float
 
     def efficiency(self, measured_seconds: float) -> float:
-        """Which share of a measured time PEARL would take if nothing but the models took time."""
+        """Which share of a measured time PEARL would take if nothing but the models took time.
+
+        Raises
+        ------
+        ValueError
+            A time that is not positive and finite.
+        """
+        if not 0.0 < measured_seconds < math.inf:
+            raise ValueError(f"`measured_seconds` must be positive and finite, got {measured_seconds}.")
         return self.pearl / measured_seconds
 
 
@@ -90,20 +104,44 @@ def record_traces(
         0 is greedy.
     seed : int
         Of the noise that both models sample with.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        What `tune` refuses: models, prompts or numbers that make no sense, or leave no room.
     """
-    if temperature < 0:
-        raise ValueError(f"`temperature` must be 0 (greedy) or positive, got {temperature}.")
-    generate = types.MethodType(compat.original_generate(), target)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    check_numbers(max_new_tokens, 1, temperature, seed)
+    target, draft = checked_models(target, draft)
     traces = []
-    for prompt in prompts:
-        input_ids = torch.tensor([list(prompt)], device=input_device(target))
-        options |= {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    for prompt in checked_prompts(prompts, (target, draft), max_new_tokens, batch_size=1):
+        input_ids = torch.tensor([prompt], device=input_device(target))
+        options = generation_options(input_ids, max_new_tokens, temperature)
+        generate = types.MethodType(compat.original_generate(), target)
         token_ids = pearl_generate(generate, target, PearlConfig(seed=seed), (), options)[0].tolist()
         traces.append(trace_of(target, draft, token_ids, len(prompt), temperature, seed))
     return traces
+
+
+def generation_options(input_ids: torch.Tensor, max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """Arguments of `generate` that continue `input_ids`; all that is not said here is the model's default."""
+    options = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "max_new_tokens": max_new_tokens}
+    if not temperature:
+        return {**options, "do_sample": False}
+    return {**options, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+
+
+def _processors(target: PreTrainedModel, options: dict[str, Any]) -> LogitsProcessorList:
+    """Those of a call of `generate`, as transformers makes them of its arguments and the model's defaults."""
+    found: list[LogitsProcessorList] = []
+
+    def take(
+        model: Any, input_ids: torch.Tensor, *, logits_processor: LogitsProcessorList, **others: Any
+    ) -> torch.Tensor:
+        found.append(logits_processor)
+        return input_ids
+
+    compat.original_generate()(target, **options, custom_generate=take)
+    return found[0]
 
 
 @torch.no_grad()
@@ -117,13 +155,15 @@ def trace_of(
 ) -> Trace:
     """What the draft would have guessed at each position of a text behind its first `num_prompt_tokens` tokens."""
     logits = draft(torch.tensor([token_ids], device=input_device(draft))).logits[0]
-    processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)] if temperature > 0 else [])
-    proposer = Proposer(output_vocab_size(target), processors)
+    prompt = torch.tensor([token_ids[:num_prompt_tokens]], device=input_device(target))
+    options = generation_options(prompt, len(token_ids) - num_prompt_tokens, temperature)
+    proposer = Proposer(output_vocab_size(target), draft_processors(_processors(target, options)))
     call_seed = request_seed(seed, 0) if temperature > 0 else None
     proposer.admit(Admission(0, tuple(token_ids[:num_prompt_tokens]), len(token_ids), 0, call_seed))
     traced = []
     for length in range(num_prompt_tokens, len(token_ids)):
-        prefix = Prefix(0, length, lambda: token_ids)
+        before = token_ids[:length]
+        prefix = Prefix(0, length, lambda before=before: before)  # type: ignore[misc]
         guesses = proposer.propose(logits[length - 1 : length], [prefix], MAX_RANKS)[0]
         ranks = [rank for rank, guess in enumerate(guesses) if guess.token_id == token_ids[length]]
         confidence, *others = (guess.confidence for guess in guesses)
@@ -149,10 +189,16 @@ def simulate(
         Seconds of a draft step over so many guesses.
     target_forward : callable
         Seconds of a target forward over so many tokens.
+
+    Raises
+    ------
+    TypeError, ValueError
+        No traces; or times that are no functions, or none that can pass.
     """
+    traces = list(traces)
     if not traces or not all(trace.guesses for trace in traces):
         raise ValueError("`traces` must hold at least one trace, and every trace a position; got none.")
-    costs = Costs(draft_step, target_forward)
+    costs = Costs(_timed("draft_step", draft_step), _timed("target_forward", target_forward))
 
     def seconds(draft_length: int | str | None, overlap: bool = True) -> float:
         learnt, rows = Learnt(), [([trace.guesses], [trace.prompt_ids]) for trace in traces]
@@ -170,18 +216,36 @@ def simulate(
         lockstep=lockstep,
         lockstep_length=lockstep_length,
         pearl=seconds("auto"),
-        bound=sum(_bound(trace, target_forward) for trace in traces),
+        bound=sum(_bound(trace, costs.target_forward) for trace in traces),
     )
 
 
+def _timed(name: str, seconds: Any) -> Callable[[int], float]:
+    """A function of seconds that refuses what is no time."""
+    if not callable(seconds):
+        raise TypeError(
+            f"`{name}` must be a function from a number of tokens to seconds, such as `lambda tokens: 1e-3`; got a "
+            f"{type(seconds).__name__}."
+        )
+
+    @functools.cache
+    def timed(size: int) -> float:
+        value = float(seconds(size))
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"`{name}` must return seconds, 0 or more and finite; for {size} it returned {value}.")
+        return value
+
+    return timed
+
+
 def _best(seconds: Callable[[int], float]) -> tuple[float, int]:
-    best, best_length = seconds(1), 1
-    for length in range(2, MAX_DRAFT_LENGTH + 1):
-        if (now := seconds(length)) < best:
-            best, best_length = now, length
-        elif length - best_length >= PATIENCE:
+    """The least time of `DRAFT_LENGTHS`, and the length that it comes of."""
+    times: list[tuple[float, int]] = []
+    for length in DRAFT_LENGTHS:
+        times.append((seconds(length), length))
+        if times[-1][0] > HOPELESS * min(times)[0]:
             break
-    return best, best_length
+    return min(times)
 
 
 def _bound(trace: Trace, target_forward: Callable[[int], float]) -> float:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 
 from .benchmark.recording import describe_model
-from .command_line import UsageError, add_pair_options, add_workload_options, load_pair, make_prompts, positive_int
+from .command_line import UsageError, add_pair_options, add_workload_options, load_pair, make_prompts
+from .option_types import positive_int
 from .registry import release
 from .tuning import tune
 

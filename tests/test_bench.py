@@ -246,6 +246,8 @@ def test_without_lookup_nothing_is_looked_up(
     ("more", "said"),
     [
         pytest.param(["--suite", "cache", "--runs", "2"], "is an option of --suite generation", id="foreign"),
+        pytest.param(["--markdown", "/proc/no-file"], "cannot be written to, got '/proc/no-file'", id="unwritable"),
+        pytest.param(["--plot", "plot.svg"], "must end in .png, got 'plot.svg'", id="picture"),
         pytest.param(["--steps", "3"], "--steps is an option of --suite cache", id="foreign-to-default"),
         pytest.param(["--batch-size", "3"], "--batch-size 3: 4 prompts", id="batch"),
         pytest.param(["--batch-size", "0"], "must be a positive integer, got '0'", id="no-batch"),

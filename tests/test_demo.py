@@ -23,7 +23,7 @@ from hf_pearl.__main__ import main
 from hf_pearl.benchmark import DEMO, Workload, complete, first_difference, is_near_tie
 from hf_pearl.benchmark.methods import SEQUENTIAL, Setting
 from hf_pearl.benchmark.near_tie import window_logits
-from hf_pearl.command_line import add_workload_options, load_prompts
+from hf_pearl.command_line import add_workload_options, load_prompts, read_prompts
 from hf_pearl.streaming import DRAFTED, PLAIN, VerifiedStreamer
 
 TIMEOUT = 240.0
@@ -177,7 +177,14 @@ def test_a_draft_of_another_vocabulary_is_refused(folders: Folders, capsys: pyte
     assert "both models must share one vocabulary" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["[]", "{}", '{"turns": []}', '{"turns": [3]}', '{"turns": [""]}', "not json"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("[]", "{}", '{"turns": []}', '{"turns": [3]}', '{"turns": [""]}', '{"turns": "abc"}', "not json"),
+        pytest.param('{"turns": ["\\ud800"]}', id="half a character"),
+        pytest.param("[" * 100_000, id="nested"),
+    ],
+)
 def test_a_file_of_another_form_is_refused(
     folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
 ) -> None:
@@ -186,6 +193,14 @@ def test_a_file_of_another_form_is_refused(
     with pytest.raises(SystemExit):
         main(folders.options("--prompts", str(file)))
     assert "line 2 is not an object with" in capsys.readouterr().err
+
+
+def test_any_text_that_json_may_hold_is_a_prompt(tmp_path: Path) -> None:
+    """Also behind a byte order mark, with line ends of either kind, and with other line separators within a text."""
+    texts = ["def f():\u2028    return\u0085 1\x0b", "caf\u00e9\r\n"]
+    lines = [json.dumps({"turns": [text]}, ensure_ascii=False) for text in texts]
+    (tmp_path / "prompts.jsonl").write_bytes(("\ufeff" + "\r\n".join([*lines, "", ""])).encode())
+    assert read_prompts(tmp_path / "prompts.jsonl") == texts
 
 
 def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:

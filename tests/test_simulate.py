@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +15,11 @@ from models import enabled_for_tiny_models, noisy_copy, tiny_model
 
 import hf_pearl
 from hf_pearl import PearlConfig
+from hf_pearl.command_line import PROMPTS, read_prompts
+from hf_pearl.decoding.drafting import MAX_LINE
 from hf_pearl.decoding.recorded import TracedGuess
-from hf_pearl.decoding.simulation import Costs, simulate_run
-from hf_pearl.simulate import Trace
+from hf_pearl.decoding.simulation import Costs, Learnt, simulate_run
+from hf_pearl.simulate import Trace, _bound
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,10 +92,96 @@ def test_recording_needs_no_enabled_model() -> None:
         hf_pearl.enable()
 
 
-def test_bad_arguments_are_refused_by_name() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_draft_guesses_under_the_processors_of_the_call(temperature: float) -> None:
+    """The model's own defaults among them: a draft that is the target is always right."""
+    target = copy.deepcopy(tiny_model("llama", 1))
+    target.generation_config.repetition_penalty = 1.3
+    (trace,) = hf_pearl.record_traces(target, target, [[5, 6, 7]], 30, temperature, seed=3)
+    assert all(guess.stands for guess in trace.guesses)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[float, list[Trace]]:
+    """Of the embedded pair, on prompts that its draft was not trained on."""
+    target, draft, tokenizer = hf_pearl.load_demo_pair()
+    prompts = [tokenizer(text).input_ids for text in read_prompts(PROMPTS)[:4]]
+    return {temperature: hf_pearl.record_traces(target, draft, prompts, 80, temperature) for temperature in (0.0, 1.0)}
+
+
+def seconds(traces: list[Trace], costs: Costs, *options: Any, **more: Any) -> float:
+    learnt = Learnt()
+    runs = (
+        simulate_run([each.guesses], costs, *options, prompts=[each.prompt_ids], learnt=learnt, **more)
+        for each in traces
+    )
+    return sum(run.seconds for run in runs)
+
+
+@pytest.mark.parametrize(("temperature", "over_one_line"), [(0.0, 1.1), (1.0, 1.2)])
+def test_what_the_tree_is_worth(recorded: dict[float, list[Trace]], temperature: float, over_one_line: float) -> None:
+    """A target forward of 8 draft steps, 3% more of a draft step per guess: over lockstep, one line, and the bound."""
+    traces, costs = recorded[temperature], Costs(lambda guesses: 1.0 + 0.03 * (guesses - 1), lambda tokens: 8.0)
+    pearl = seconds(traces, costs)
+    assert min(seconds(traces, costs, length) for length in (2, 4, 5, 6, 7, 8, 10)) / pearl >= 1.25
+    assert sum(_bound(each, costs.target_forward) for each in traces) / pearl >= 0.7
+    assert seconds(traces, costs, max_width=1) / pearl >= over_one_line
+
+
+def test_steps_are_narrower_where_width_costs_more(recorded: dict[float, list[Trace]]) -> None:
+    means = []
+    for per_guess in (0.01, 0.5):
+        widths: list[int] = []
+
+        def step(guesses: int, per_guess: float = per_guess, widths: list[int] = widths) -> float:
+            widths.append(guesses)
+            return 1.0 + per_guess * (guesses - 1)
+
+        seconds(recorded[1.0], Costs(step, lambda tokens: 8.0))
+        means.append(sum(widths) / len(widths))
+    assert means[0] > 1.5 * means[1]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_best_fixed_length_is_the_best_of_all(overlap: bool) -> None:
+    """Also where it is long, and where lengths before it gain nothing."""
+    trace = trace_of([True] * 60)
+    costs = (lambda guesses: 1.0), (lambda tokens: 60.0)
+    times = hf_pearl.simulate([trace], *costs)
+    runs = [simulate_run([trace.guesses], Costs(*costs), length, overlap).seconds for length in range(1, MAX_LINE + 1)]
+    assert (times.lockstep if overlap else times.sequential) <= 1.05 * min(runs)
+
+
+BAD_TRACES = [
+    pytest.param({"temperature": -1.0}, r"`temperature` .* got -1", id="cold"),
+    pytest.param({"temperature": math.nan}, r"`temperature` .* got nan", id="nan"),
+    pytest.param({"prompts": "abc"}, "`prompts` must be a sequence of prompts, got str", id="text"),
+    pytest.param({"prompts": [5, 6]}, r"`prompts\[0\]` must be token ids, got int", id="flat"),
+    pytest.param({"prompts": []}, "`prompts` must hold at least one", id="none"),
+    pytest.param({"draft": None}, "`draft` must be a causal language model", id="no draft"),
+    pytest.param({"max_new_tokens": 10**9}, "`prompts` must leave room", id="long"),
+    pytest.param({"seed": 0.5}, "`seed` must be an int", id="seed"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "said"), BAD_TRACES)
+def test_what_cannot_be_recorded_is_refused_by_name(wrong: dict[str, object], said: str) -> None:
     target = tiny_model("llama", 1)
-    with pytest.raises(ValueError, match=r"`temperature` .* got -1"):
-        hf_pearl.record_traces(target, target, [[5]], 4, temperature=-1.0)
+    arguments: dict[str, Any] = {"target": target, "draft": target, "prompts": [[5]], "max_new_tokens": 4, **wrong}
+    with pytest.raises((TypeError, ValueError), match=said):
+        hf_pearl.record_traces(**arguments)
+
+
+def test_what_cannot_be_simulated_is_refused_by_name() -> None:
     for traces in ([], [Trace((5,), ())]):
         with pytest.raises(ValueError, match="`traces`"):
             hf_pearl.simulate(traces, lambda n: 1.0, lambda n: 1.0)
+    for wrong in (math.nan, math.inf, -1.0):
+        with pytest.raises(ValueError, match=f"`draft_step` must return seconds.* for 1 it returned {wrong}"):
+            hf_pearl.simulate([trace_of([True])], lambda n, wrong=wrong: wrong, lambda n: 1.0)
+    with pytest.raises(TypeError, match=r"`target_forward` must be a function .* got a float"):
+        hf_pearl.simulate([trace_of([True])], lambda n: 1.0, 8.0)  # type: ignore[arg-type]
+    times = hf_pearl.simulate((trace_of([True]) for _ in range(2)), lambda n: 1.0, lambda n: 4.0)  # type: ignore[arg-type]
+    assert times.plain == 8.0, "an iterator is read once"
+    with pytest.raises(ValueError, match="`measured_seconds` must be positive"):
+        times.efficiency(0.0)

@@ -67,7 +67,7 @@ class Request:
     num_verdicts, num_told : int
         Verdicts that the draft was sent, and the verified tokens it knows.
     was_drafted : bool
-        The last verified token had been guessed.
+        The last verified token had been guessed by the draft, not only looked up.
     """
 
     request_id: int
@@ -128,10 +128,10 @@ class Request:
         self.verified.append(token_id)
         behind = self.guesses.behind(choice.behind)
         stood = next((place for place in behind if self.guesses.token_ids[place] == token_id), None)
-        self.was_drafted = stood is not None
+        self.was_drafted = stood is not None and not self.guesses.are_looked_up[stood]
         if behind:
             is_looked_up = self.guesses.are_looked_up[behind[0] if stood is None else stood]
-            self.judged.append(JudgedGuess(choice.depth, self.was_drafted, is_looked_up))
+            self.judged.append(JudgedGuess(choice.depth, stood is not None, is_looked_up))
         if stood is None:
             self.pending.clear()
         else:

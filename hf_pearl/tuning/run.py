@@ -15,9 +15,9 @@ from ..benchmark.methods import COLD, SEQUENTIAL
 from ..benchmark.recording import measure_with_progress
 from ..enabling import enabled
 from ..model_devices import devices_of, input_device
+from ..pair_checks import check_numbers, checked_models, checked_prompts
 from ..parallel.cores import available_cores
 from ..simulate import Trace, record_traces, simulate
-from .checks import check_numbers, checked_models, checked_prompts
 from .forward_times import measured_forward_times
 from .tuning import DEFAULT, ENGINE, PLAIN, Tuning, Way
 

@@ -1,4 +1,4 @@
-"""What `tune` refuses before any work, and prompts as token ids."""
+"""What `tune` and `record_traces` refuse before any work, and prompts as token ids."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import check_arguments
-from ..cache.support import check_supported
-from ..models import unwrap
+from .arguments import check_arguments
+from .cache.support import check_supported
+from .models import unwrap
 
 MAX_PADDING = 1024  # entries by which vocabularies of one tokenizer differ at most: they are padded to multiples
 _CURE = "Pass token ids, such as `[tokenizer(text).input_ids for text in texts]`."

@@ -1,0 +1,72 @@
+"""The kinds of values that command-line options take, as argparse types."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+
+def positive_int(text: str) -> int:
+    """From 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """From 0 to 2**63 - 1."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2**63 - 1, got {text!r}")
+    return int(text)
+
+
+def temperature(text: str) -> float:
+    """A finite number from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text!r}")
+    return value
+
+
+def at_least_one(text: str) -> float:
+    """A finite number from 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 1.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 1, got {text!r}")
+    return value
+
+
+def existing_folder(text: str) -> Path:
+    """A folder that exists."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder that exists, got {text!r}")
+    return Path(text)
+
+
+def writable_file(text: str) -> Path:
+    """A file to write to, in a folder that exists."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
+    is_new = not path.exists()
+    try:
+        path.open("a").close()  # What cannot be written is said now, not when all is measured.
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot be written to, got {text!r}: {error.strerror}") from None
+    if is_new:
+        path.unlink()
+    return path
+
+
+def png_file(text: str) -> Path:
+    """A picture to write."""
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")
+    return writable_file(text)
