@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_pearl.cache.kernel_interface import Pools
 from hf_pearl.cache.paged_sequence import PagedSequence
 from hf_pearl.cache.sdpa import TreeMask
 from hf_pearl.cache.step import Attention
@@ -28,7 +29,7 @@ class Case:
     num_parts: int | None
     query: torch.Tensor  # (1, H, T, D), more tokens than the step's at times
     new: tuple[torch.Tensor, torch.Tensor]  # (1, K, T, D) each
-    pools: tuple[torch.Tensor, torch.Tensor]  # (1, K, N, D) each, without the new tokens
+    pools: Pools  # (1, K, N, D) each, without the new tokens
     stored: tuple[torch.Tensor, torch.Tensor]  # the same, with them
 
     @property
@@ -132,8 +133,8 @@ def random_case(seed: int, dtype: torch.dtype, device: str = "cpu", scale: int =
     )
     num_parts = chance.choice([None, 1, 2, 3, 5])
     return Case(
-        options, sequences, num_new, trees, tables, attention, num_parts, query.to(device), tuple(states), tuple(pools),
-        tuple(stored),
+        options, sequences, num_new, trees, tables, attention, num_parts, query.to(device), tuple(states),
+        Pools(*pools), tuple(stored),
     )  # fmt: skip
 
 
