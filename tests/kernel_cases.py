@@ -74,8 +74,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attenti
     return torch.einsum("hl,hld->hd", shares, v.repeat_interleave(group, 0))
 
 
-def random_case(seed: int, dtype: torch.dtype, device: str = "cpu", scale: int = 1) -> Case:
-    """A step of up to four sequences; `scale` makes contexts longer, for a device that has the time."""
+def random_case(seed: int, dtype: torch.dtype, device: str = "cpu", scale: int = 1, in_runs: bool = False) -> Case:
+    """A step of up to four sequences; `scale` makes contexts longer, for a device that has the time.
+
+    Blocks are anywhere, or a sequence's are neighbours.
+    """
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     block_size = chance.choice([2, 4, 8, 16, 16])
@@ -84,7 +87,7 @@ def random_case(seed: int, dtype: torch.dtype, device: str = "cpu", scale: int =
     value_dim = key_dim if chance.random() < 0.8 else chance.choice(HEAD_DIMS)
     sequences, num_new, trees = [], [], []
     blocks = list(range(64 + 1200 * scale // block_size))
-    chance.shuffle(blocks)
+    chance.shuffle(blocks) if not in_runs else blocks.reverse()
     for _ in range(chance.choice([1, 1, 2, 3])):
         num = chance.choice([1, 1, 2, 4, 7, 12, 33] if not sequences else [1, 2, 5])
         before = scale * chance.choice([0, 1, 5, 40, 63, 64, 130])

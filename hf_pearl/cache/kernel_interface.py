@@ -24,7 +24,10 @@ class Pools(NamedTuple):
 
 
 class Kernels(Protocol):
-    """A module or an object with these two functions. Neither reads a tensor of the device on the host."""
+    """A module or an object with these two functions.
+
+    Where calls are to be captured in a CUDA graph, neither reads a tensor of the device on the host.
+    """
 
     def store(self, key: torch.Tensor, value: torch.Tensor, pools: Pools, tables: StepTables) -> None:
         """Copy new keys and values `(1, K, T, D)` to their tokens' slots.
