@@ -112,7 +112,10 @@ def random_case(seed: int, dtype: torch.dtype, device: str = "cpu", scale: int =
     is_fixed = chance.random() < 0.5
     if is_fixed:  # as for a CUDA graph: larger than the step
         limits = limits._replace(num_sequences=limits.num_sequences + 2, num_tokens=limits.num_tokens + 5)
-        bounds = Bounds(limits.num_sequences, limits.num_tokens, bounds.max_queries + 3, bounds.max_keys + 99, True)
+        has_trees = bounds.has_trees or chance.random() < 0.5
+        bounds = Bounds(
+            limits.num_sequences, limits.num_tokens, bounds.max_queries + 3, bounds.max_keys + 99, has_trees
+        )
     tables = StepTables(limits, block_size, device, bounds if is_fixed else None)
     tables.on_device.block_tables.fill_(2**30)  # Whoever read there would not come back.
     tables.fill(sequences, num_new, trees)

@@ -1,9 +1,9 @@
 """FlashAttention where a step asks for what it knows; the Triton kernels do the rest, and store.
 
 It knows windows that are plain lines: prompts first of all, where the multiplications count in which it is faster. Of
-these, Triton kernels compute what is captured in a CUDA graph (small steps, whose outputs stay where they are), those
-with attention sinks, and those whose keys and values have unequal dimensions. No version of it takes the mask that the
-lines of a tree need, which most windows of draft and target are.
+these, Triton kernels compute what is captured in a CUDA graph (small steps, launched for fixed bounds), those with
+attention sinks, and those whose keys and values have unequal dimensions. No version of it takes the mask that the lines
+of a tree need, which most windows of draft and target are.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class FlashKernels:
         output: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`Kernels.paged_attention`, by the library or by Triton."""
-        is_line = not tables.bounds.has_trees and not tables.has_fixed_bounds
-        if output is None and is_line and attention.sinks is None and pools.keys.shape[3] == pools.values.shape[3]:
+        is_plain = not tables.bounds.has_trees and not tables.has_fixed_bounds and attention.sinks is None
+        if is_plain and pools.keys.shape[3] == pools.values.shape[3]:
             result = self.library.attend(query[0].transpose(0, 1), pools, tables, attention)
             if result is not None:
-                return result[None]
+                return result[None] if output is None else output.copy_(result[None])
         return kernels.paged_attention(query, pools, tables, attention, output)
 
 
