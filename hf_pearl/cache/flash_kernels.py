@@ -1,9 +1,10 @@
 """FlashAttention where a step asks for what it knows; the Triton kernels do the rest, and store.
 
-It knows windows that are plain lines: prompts first of all, where the multiplications count in which it is faster. Of
-these, Triton kernels compute what is captured in a CUDA graph (small steps, launched for fixed bounds), those with
-attention sinks, and those whose keys and values have unequal dimensions. No version of it takes the mask that the lines
-of a tree need, which most windows of draft and target are.
+It knows windows that are plain lines: prompts first of all, whose multiplications its authors tuned for each GPU; that
+it is faster than our kernels there is taken from that, and has not been measured. Of these windows, Triton kernels
+compute what is captured in a CUDA graph (small steps, launched for fixed bounds), those with attention sinks, and those
+whose keys and values have unequal dimensions. No version of it takes the mask that the lines of a tree need, which most
+windows of draft and target are.
 """
 
 from __future__ import annotations
