@@ -57,9 +57,10 @@ class PearlConfig:
     cache_dtype : {"auto", "float8_e4m3fn"}
         Of cached keys and values: the model's own, or 8 bits with a scale per token and head. That is half the memory
         of bfloat16, and other answers: every cached value is off by up to 1/16 of itself.
-    attention : {"auto", "sdpa", "triton"}
-        What reads the caches: torch's scaled dot-product attention, or Triton kernels that follow block tables. "auto"
-        takes the kernels on CUDA, wherever they work, and says so at INFO level.
+    attention : {"auto", "sdpa", "triton", "flash"}
+        What reads the caches: torch's scaled dot-product attention; Triton kernels that follow block tables; or, for
+        windows that are plain lines, FlashAttention (flash-attn, or torch's), and Triton kernels for all others. "auto"
+        takes the fastest that works, which on CUDA are kernels, and says which at INFO level.
     prefix_cache : bool
         Keep keys and values between calls and find them again by prefix.
     cache_salt : str
@@ -84,7 +85,7 @@ class PearlConfig:
     verification: Literal["coupled", "rejection"] = "coupled"
     cache_memory: int | str = "auto"
     cache_dtype: Literal["auto", "float8_e4m3fn"] | torch.dtype = "auto"
-    attention: Literal["auto", "sdpa", "triton"] = "auto"
+    attention: Literal["auto", "sdpa", "triton", "flash"] = "auto"
     prefix_cache: bool = True
     cache_salt: str = ""
     seed: int | None = None

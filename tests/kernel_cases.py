@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_pearl.cache.kernel_interface import Pools
 from hf_pearl.cache.paged_sequence import PagedSequence
 from hf_pearl.cache.sdpa import TreeMask
 from hf_pearl.cache.step import Attention
@@ -28,7 +29,7 @@ class Case:
     num_parts: int | None
     query: torch.Tensor  # (1, H, T, D), more tokens than the step's at times
     new: tuple[torch.Tensor, torch.Tensor]  # (1, K, T, D) each
-    pools: tuple[torch.Tensor, torch.Tensor]  # (1, K, N, D) each, without the new tokens
+    pools: Pools  # (1, K, N, D) each, without the new tokens
     stored: tuple[torch.Tensor, torch.Tensor]  # the same, with them
 
     @property
@@ -73,8 +74,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attenti
     return torch.einsum("hl,hld->hd", shares, v.repeat_interleave(group, 0))
 
 
-def random_case(seed: int, dtype: torch.dtype, device: str = "cpu", scale: int = 1) -> Case:
-    """A step of up to four sequences; `scale` makes contexts longer, for a device that has the time."""
+def random_case(seed: int, dtype: torch.dtype, device: str = "cpu", scale: int = 1, in_runs: bool = False) -> Case:
+    """A step of up to four sequences; `scale` makes contexts longer, for a device that has the time.
+
+    Blocks are anywhere, or a sequence's are neighbours.
+    """
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     block_size = chance.choice([2, 4, 8, 16, 16])
@@ -83,7 +87,7 @@ def random_case(seed: int, dtype: torch.dtype, device: str = "cpu", scale: int =
     value_dim = key_dim if chance.random() < 0.8 else chance.choice(HEAD_DIMS)
     sequences, num_new, trees = [], [], []
     blocks = list(range(64 + 1200 * scale // block_size))
-    chance.shuffle(blocks)
+    chance.shuffle(blocks) if not in_runs else blocks.reverse()
     for _ in range(chance.choice([1, 1, 2, 3])):
         num = chance.choice([1, 1, 2, 4, 7, 12, 33] if not sequences else [1, 2, 5])
         before = scale * chance.choice([0, 1, 5, 40, 63, 64, 130])
@@ -108,7 +112,10 @@ def random_case(seed: int, dtype: torch.dtype, device: str = "cpu", scale: int =
     is_fixed = chance.random() < 0.5
     if is_fixed:  # as for a CUDA graph: larger than the step
         limits = limits._replace(num_sequences=limits.num_sequences + 2, num_tokens=limits.num_tokens + 5)
-        bounds = Bounds(limits.num_sequences, limits.num_tokens, bounds.max_queries + 3, bounds.max_keys + 99, True)
+        has_trees = bounds.has_trees or chance.random() < 0.5
+        bounds = Bounds(
+            limits.num_sequences, limits.num_tokens, bounds.max_queries + 3, bounds.max_keys + 99, has_trees
+        )
     tables = StepTables(limits, block_size, device, bounds if is_fixed else None)
     tables.on_device.block_tables.fill_(2**30)  # Whoever read there would not come back.
     tables.fill(sequences, num_new, trees)
@@ -132,8 +139,8 @@ def random_case(seed: int, dtype: torch.dtype, device: str = "cpu", scale: int =
     )
     num_parts = chance.choice([None, 1, 2, 3, 5])
     return Case(
-        options, sequences, num_new, trees, tables, attention, num_parts, query.to(device), tuple(states), tuple(pools),
-        tuple(stored),
+        options, sequences, num_new, trees, tables, attention, num_parts, query.to(device), tuple(states),
+        Pools(*pools), tuple(stored),
     )  # fmt: skip
 
 

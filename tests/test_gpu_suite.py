@@ -273,6 +273,7 @@ def test_a_random_model_has_likely_tokens() -> None:
         (["aten::mm", "paged_attention_kernel", "aten::scaled_dot_product_attention"], "triton"),
         (["aten::scaled_dot_product_attention", "void pytorch_flash::flash_fwd_kernel<...>"], "sdpa"),
         (["void flash_fwd_splitkv_kernel<...>"], "flash_attn"),
+        (["store_kernel", "flash_attn_3::fwd"], "flash_attn"),
         (["aten::mm"], "unknown"),
     ],
 )

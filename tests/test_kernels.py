@@ -29,6 +29,7 @@ from hf_pearl import PagedPrefixCache, PearlConfig
 from hf_pearl.benchmark.near_tie import is_near_tie
 from hf_pearl.cache import backends, kernels, torch_kernels
 from hf_pearl.cache.backends import choose_kernels
+from hf_pearl.cache.kernel_interface import Pools
 from hf_pearl.cache.paged_layer import Held
 from hf_pearl.cache.step import Attention, PagedStep
 from hf_pearl.cache.step_tables import Bounds, Limits, StepTables
@@ -65,11 +66,11 @@ def random_cases() -> list[Any]:
 
 def run(implementation: Any, case: Case) -> torch.Tensor:
     """Store and attend; return the output, which was NaN before."""
-    implementation.store(*case.new, *case.pools, case.tables)
+    implementation.store(*case.new, case.pools, case.tables)
     num_heads, num_tokens = case.query.shape[1:3]
     output = case.query.new_full((1, num_tokens, num_heads, case.pools[1].shape[3]), torch.nan)
     returned = implementation.paged_attention(
-        case.query, *case.pools, case.tables, case.attention, output, case.num_parts
+        case.query, case.pools, case.tables, case.attention, output, case.num_parts
     )
     assert returned is output
     return output[0].cpu()
@@ -96,7 +97,7 @@ def test_one_set_of_tables_serves_many_steps_at_the_same_addresses(seed: int) ->
     addresses = [tensor.data_ptr() for tensor in tables.on_device]
     sequences = [cache.allocate(expected_length=40) for _ in range(4)]
     attention, generator = Attention(0.3), torch.Generator().manual_seed(seed)
-    pools = [torch.full((1, 1, cache.num_slots, 8), torch.nan) for _ in range(2)]
+    pools = Pools(*(torch.full((1, 1, cache.num_slots, 8), torch.nan) for _ in range(2)))
     for _ in range(6):
         chosen = chance.sample(sequences, chance.randint(1, 4))
         num_new = [chance.randint(1, 4) for _ in chosen]
@@ -104,8 +105,8 @@ def test_one_set_of_tables_serves_many_steps_at_the_same_addresses(seed: int) ->
             cache.append(sequence, num)
         tables.fill(chosen, num_new, [None] * len(chosen))
         query, key, value = (torch.randn(1, heads, 16, 8, generator=generator) for heads in (2, 1, 1))
-        torch_kernels.store(key, value, pools[0], pools[1], tables)
-        output = torch_kernels.paged_attention(query, pools[0], pools[1], tables, attention)
+        torch_kernels.store(key, value, pools, tables)
+        output = torch_kernels.paged_attention(query, pools, tables, attention)
         step = PagedStep(cache, chosen, num_new)
         total = sum(num_new)
         expected = step.attend(0, query[:, :, :total], key[:, :, :total], value[:, :, :total], attention)
@@ -129,7 +130,6 @@ def test_a_step_beyond_the_bounds_of_tables_is_refused(num_new: list[int], words
 
 def test_what_kernels_would_misread_is_refused(seed: int) -> None:
     case = random_case(seed, torch.float32)
-    key_pool, value_pool = case.pools
     for query, words in (
         (case.query.half(), "one dtype"),
         (case.query[:, :, :0], "packed ones"),
@@ -137,10 +137,10 @@ def test_what_kernels_would_misread_is_refused(seed: int) -> None:
         (case.query.repeat(1, 1, 1, 9), "dimensions"),
     ):
         with pytest.raises(ValueError, match=words):
-            kernels.paged_attention(query, key_pool, value_pool, case.tables, case.attention)
+            kernels.paged_attention(query, case.pools, case.tables, case.attention)
     wrong = torch.empty(1)
     with pytest.raises(ValueError, match="`output`"):
-        kernels.paged_attention(case.query, key_pool, value_pool, case.tables, case.attention, wrong)
+        kernels.paged_attention(case.query, case.pools, case.tables, case.attention, wrong)
 
 
 # -- through the engine ---------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
 
     def locked_attention(*arguments: Any) -> torch.Tensor:
         with lock:
-            steps.append(arguments[3].bounds)
+            steps.append(arguments[2].bounds)
             return paged_attention(*arguments)
 
     monkeypatch.setattr(kernels, "store", locked_store)

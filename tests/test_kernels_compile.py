@@ -40,9 +40,9 @@ from hf_pearl.cache import kernels
 
 for seed, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)):
     case = random_case(seed, dtype)
-    kernels.store(*case.new, *case.pools, case.tables)
+    kernels.store(*case.new, case.pools, case.tables)
     for num_parts in (1, 3):
-        kernels.paged_attention(case.query, *case.pools, case.tables, case.attention, None, num_parts)
+        kernels.paged_attention(case.query, case.pools, case.tables, case.attention, None, num_parts)
 """
 MAX_SHARED_BYTES = {80: 163 * 2**10, 90: 227 * 2**10}  # of a program, by compute capability
 

@@ -1,61 +1,30 @@
 """Which code reads and writes the paged cache: torch's scaled dot-product attention, or kernels that follow tables.
 
-`"auto"` takes the Triton kernels on CUDA wherever they work: `sdpa` copies every key that it reads there, has the host
-make slots and masks, and cannot be captured in a CUDA graph. Elsewhere it takes `sdpa`, which on a CPU reads in place.
-
-There is no backend on flash-attn, nor on torch's `varlen_attn`, which is FlashAttention 2 too unless another is
-installed. Their layout is no obstacle: pools viewed as `(blocks, block size, heads, head dim)` need no copy. But
-FlashAttention 2 takes blocks of a multiple of 256 tokens only ("Paged KV cache block size must be divisible by 256"),
-where ours have 16, so that short prefixes are shared. And it takes no mask for the lines of a tree, which most windows
-of draft and target are. What remains are prompts: a cache with `block_size=256`, and `Kernels` that hand every step
-with `bounds.has_trees`, sinks or (`varlen_attn`) a soft-cap on to ours.
+On CUDA `"auto"` takes kernels wherever they work: `sdpa` copies every key that it reads there, has the host make slots
+and masks, and cannot be captured in a CUDA graph. Among kernels it takes FlashAttention, where a library that can read
+our blocks is installed, and Triton's for what that does not know; else Triton's for all. Elsewhere it takes `sdpa`,
+which on a CPU reads in place.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import logging
 
+from .kernel_interface import Kernels
 from .paged_layer import Held
 from .step_tables import Limits, StepTables
 
 if TYPE_CHECKING:
-    from .step import Attention
+    from .flash_kernels import FlashKernels
 
 logger = logging.get_logger(__name__)
 
-BACKENDS = ("auto", "sdpa", "triton")
+BACKENDS = ("auto", "sdpa", "triton", "flash")
 _NO_LIMITS = Limits(0, 0, 0, 0)
-
-
-class Kernels(Protocol):
-    """Store and attention of one backend, for `StepTables`; `kernels.py` says what they take and return."""
-
-    def store(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_pool: torch.Tensor,
-        value_pool: torch.Tensor,
-        tables: StepTables,
-    ) -> None:
-        """Copy new keys and values to their slots."""
-
-    def paged_attention(
-        self,
-        query: torch.Tensor,
-        key_pool: torch.Tensor,
-        value_pool: torch.Tensor,
-        tables: StepTables,
-        attention: Attention,
-        output: torch.Tensor | None = None,
-        num_parts: int | None = None,
-    ) -> torch.Tensor:
-        """Attend to what the sequences of the step hold."""
 
 
 class Backend:
@@ -107,16 +76,48 @@ def choose_kernels(name: str, held: Held) -> Kernels | None:
     ValueError
         The named one cannot read them.
     """
-    if name == "sdpa" or (name == "auto" and held.device.type != "cuda"):
+    if name == "sdpa":
         return None
-    obstacle = _obstacle_to_triton(held)
     if name == "auto":
-        chosen = "torch's SDPA" if obstacle else "Triton kernels"
-        why = f", since {obstacle}" if obstacle else ""
-        logger.info_once(f"hf_pearl's attention on {held.device} runs on {chosen}{why}.")
-    elif obstacle:
-        raise ValueError(f'`attention="{name}"` cannot be used here: {obstacle}. Or set it to "auto".')
-    return None if obstacle else importlib.import_module(".kernels", __package__)
+        found, said = _fastest(held)
+        logger.info_once(f"hf_pearl's attention on {held.device} runs on {said}.")
+        return found
+    kernels = _flash(held) if name == "flash" else _triton(held)
+    if isinstance(kernels, str):
+        raise ValueError(f'`attention="{name}"` cannot be used here: {kernels}. Or set it to "auto".')
+    return kernels
+
+
+def _fastest(held: Held) -> tuple[Kernels | None, str]:
+    """The fastest that works, and its name, with the reason why it is not a faster one."""
+    if held.device.type != "cuda":
+        return None, "torch's SDPA"
+    triton, flash = _triton(held), _flash(held)
+    if isinstance(triton, str):
+        return None, f"torch's SDPA, since {triton}"
+    if isinstance(flash, str):
+        return triton, f"Triton kernels. Not on FlashAttention: {flash}"
+    return flash, f"FlashAttention ({flash.library.name}) where windows are plain lines, else on Triton kernels"
+
+
+def _flash(held: Held) -> FlashKernels | str:
+    """FlashAttention beside Triton kernels, or why not."""
+    obstacle = _obstacle_to_triton(held)
+    if obstacle:
+        return obstacle
+    from .flash_kernels import find_flash
+
+    return find_flash(held)
+
+
+def _triton(held: Held) -> Kernels | str:
+    """The Triton kernels, or why not."""
+    obstacle = _obstacle_to_triton(held)
+    if obstacle:
+        return obstacle
+    from . import kernels
+
+    return kernels
 
 
 def _obstacle_to_triton(held: Held) -> str | None:

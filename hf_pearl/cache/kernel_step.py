@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .backends import Kernels
+from .kernel_interface import Kernels, Pools
 from .step_tables import StepTables
 
 if TYPE_CHECKING:
@@ -31,6 +31,6 @@ class KernelStep:
     ) -> torch.Tensor:
         """Store the new keys and values `(1, K, T, D)`, attend with `query` `(1, H, T, D)`, return `(1, T, H, D)`."""
         assert layer.pools is not None
-        keys, values = (pool.data for pool in layer.pools)
-        self._kernels.store(key, value, keys, values, self._tables)
-        return self._kernels.paged_attention(query, keys, values, self._tables, attention, self._output)
+        pools = Pools(*(pool.data for pool in layer.pools))
+        self._kernels.store(key, value, pools, self._tables)
+        return self._kernels.paged_attention(query, pools, self._tables, attention, self._output)

@@ -2,8 +2,7 @@
 
 Nothing here reads a tensor of the device, so that every call may be captured in a CUDA graph.
 
-Shapes: `T` packed tokens, `H` query heads, `K` key-value heads, `D` head dimension (that of values may differ), `N`
-slots, `P` parts of a context.
+`kernel_interface.py` says what the two functions take and return, and the shapes.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from .kernel_interface import Pools
 from .step_tables import Bounds, StepTables
 from .triton_attention import Constants
 from .triton_kernels import merge_parts_kernel, paged_attention_kernel, store_kernel
@@ -31,25 +31,16 @@ MIN_TILE, MAX_ROWS = 16, 64  # what products of matrices take at least; rows of 
 PROGRAMS_PER_PROCESSOR = 2  # of a GPU, which contexts are split for
 
 
-def store(
-    key: torch.Tensor, value: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor, tables: StepTables
-) -> None:
-    """Copy new keys and values `(1, K, T, D)` to their tokens' slots in the pools `(1, K, N, D)`.
-
-    Raises
-    ------
-    ValueError
-        Tensors of unequal dtypes, on other devices, of unsupported dtype or head dimension, or more than the tables
-        are bounded by.
-    """
+def store(key: torch.Tensor, value: torch.Tensor, pools: Pools, tables: StepTables) -> None:
+    """`Kernels.store`, by one kernel."""
     key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (key, value))
-    _check({"key": key, "value": value, "key_pool": key_pool, "value_pool": value_pool}, tables)
+    _check({"key": key, "value": value, **pools._asdict()}, tables)
     num_tokens = _num_tokens(tables, key)
     key_dim, value_dim = key.shape[-1], value.shape[-1]
     store_kernel[(num_tokens, key.shape[1])](
-        *(key, value, key_pool, value_pool, tables.on_device.slots),
+        *(key, value, *pools, tables.on_device.slots),
         *(key_dim, value_dim),
-        *(each.stride()[1:3] for each in (key, value, key_pool, value_pool)),
+        *(each.stride()[1:3] for each in (key, value, *pools)),
         DIM_TILE=triton.next_power_of_2(max(key_dim, value_dim)),
         num_warps=1,
     )
@@ -57,37 +48,27 @@ def store(
 
 def paged_attention(
     query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
+    pools: Pools,
     tables: StepTables,
     attention: Attention,
     output: torch.Tensor | None = None,
     num_parts: int | None = None,
 ) -> torch.Tensor:
-    """Attention of the queries `(1, H, T, D)` of a step over the pools `(1, K, N, D)`, to `(1, T, H, D)`.
+    """`Kernels.paged_attention`, by one kernel, or two where contexts are split.
 
-    Parameters
-    ----------
-    output : torch.Tensor, optional
-        Written to instead of a new tensor; rows behind the step's tokens stay as they are.
-    num_parts : int, optional
-        Parts that every context is split into; by default as many as keep the device busy.
-
-    Raises
-    ------
-    ValueError
-        As `store`; also if the number of query heads is no multiple of that of key-value heads.
+    They are split into `num_parts`, by default as many as keep the device busy.
     """
     query = query if query.stride(-1) == 1 else query.contiguous()
-    _check({"query": query, "key_pool": key_pool, "value_pool": value_pool}, tables)
+    _check({"query": query, **pools._asdict()}, tables)
     num_tokens, sinks = _num_tokens(tables, query), attention.sinks
-    num_heads, num_kv_heads = query.shape[1], key_pool.shape[1]
+    num_heads, num_kv_heads = query.shape[1], pools.keys.shape[1]
+    key_dim, value_dim = (pool.shape[3] for pool in pools)
     launch = _launch(
-        Heads(num_heads, num_kv_heads, key_pool.shape[3], value_pool.shape[3], query.dtype, query.device),
+        Heads(num_heads, num_kv_heads, key_dim, value_dim, query.dtype, query.device),
         attention._replace(sinks=None),
         *(sinks is not None, tables.bounds, tables.block_size, num_parts),
     )
-    shape = (1, query.shape[2], num_heads, value_pool.shape[3])
+    shape = (1, query.shape[2], num_heads, value_dim)
     if output is None:
         output = query.new_empty(shape)
     elif output.shape != shape or output.dtype != query.dtype or not output.is_contiguous():
@@ -99,9 +80,9 @@ def paged_attention(
         weights, parts = sums[:rows], sums[rows:]
     sinks = query if sinks is None else sinks
     paged_attention_kernel[launch.grid](
-        *(parts, weights, query, key_pool, value_pool, sinks, tables.on_device),
+        *(parts, weights, query, *pools, sinks, tables.on_device),
         *(num_heads, launch.num_parts),
-        *(each.stride()[1:3] for each in (query, key_pool, value_pool)),
+        *(each.stride()[1:3] for each in (query, *pools)),
         tables.on_device.block_tables.stride(0),
         launch.constants,
         num_warps=4,

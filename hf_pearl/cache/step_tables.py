@@ -122,6 +122,10 @@ class StepTables:
         What kernels read.
     bounds : Bounds
         Of the step that the tables were filled for, or those that were given.
+    has_fixed_bounds : bool
+        Whether they were given.
+    num_new : list of int
+        New tokens of each sequence of the step.
     """
 
     def __init__(
@@ -131,13 +135,15 @@ class StepTables:
         self.block_size = block_size
         self.device = torch.device(device)
         self.bounds = bounds or Bounds(0, 0, 0, 0, False)
-        self._has_fixed_bounds = bounds is not None
+        self.has_fixed_bounds = bounds is not None
         s, t, b, n = limits
         sizes = (s + 1, s, s, s, s, t, n, s * b)
         is_cuda = self.device.type == "cuda"
         with torch.inference_mode(False):  # Such a tensor is written to by every later step, in whatever mode.
             self._on_host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=is_cuda)
             self._numbers = torch.zeros_like(self._on_host, device=self.device) if is_cuda else self._on_host
+        self.num_new: list[int] = []
+        self._sequences: Sequence[PagedSequence] = ()
         self._copied: torch.cuda.Event | None = torch.cuda.Event() if is_cuda else None
         self._num_before_blocks = sum(sizes[:-1])
         tensors = self._numbers.split(sizes)
@@ -158,16 +164,23 @@ class StepTables:
         needed, bounds = needs(sequences, num_new, trees, self.block_size)
         if not self.limits.holds(needed):
             raise ValueError(f"tables of {self.limits} have no room for a step of {needed}; make larger ones.")
-        if not self._has_fixed_bounds:
+        if not self.has_fixed_bounds:
             self.bounds = bounds
         elif not self.bounds.serve(bounds):
             raise ValueError(f"kernels launched for {self.bounds} cannot run a step of {bounds}; make larger ones.")
         if self._copied is not None:
             self._copied.synchronize()  # The last copy reads what is about to be overwritten.
+        self._sequences, self.num_new = sequences, list(num_new)
         self._fill_sequences(sequences, num_new, trees)
         self._fill_slots(np.asarray(num_new))
         self._fill_trees(num_new, trees)
         self._copy(len(sequences))
+
+    def runs(self) -> list[slice] | None:
+        """The slots of each sequence of the step, if those of each are neighbours."""
+        slots = [each.slots(self.block_size, 0, each.length) for each in self._sequences]
+        runs = [each for each in slots if isinstance(each, slice)]
+        return runs if len(runs) == len(slots) else None
 
     def _fill_sequences(
         self, sequences: Sequence[PagedSequence], num_new: Sequence[int], trees: Sequence[TreeMask | None]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .kernel_interface import Pools
 from .partial_attention import attend_part, merge_parts
 from .step_tables import WORD_BITS, StepTables
 
@@ -21,32 +22,25 @@ if TYPE_CHECKING:
     from .step import Attention
 
 
-def store(
-    key: torch.Tensor, value: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor, tables: StepTables
-) -> None:
-    """Copy new keys and values `(1, K, T, D)` to their tokens' slots in the pools `(1, K, N, D)`."""
+def store(key: torch.Tensor, value: torch.Tensor, pools: Pools, tables: StepTables) -> None:
+    """`Kernels.store`."""
     slots = tables.on_device.slots[: key.shape[2]].long()
     is_stored = slots >= 0
-    for pool, new in ((key_pool, key), (value_pool, value)):
+    for pool, new in zip(pools, (key, value), strict=True):
         pool[:, :, slots[is_stored]] = new[:, :, : len(slots)][:, :, is_stored]
 
 
 def paged_attention(
     query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
+    pools: Pools,
     tables: StepTables,
     attention: Attention,
     output: torch.Tensor | None = None,
     num_parts: int | None = None,
 ) -> torch.Tensor:
-    """Attention of the queries `(1, H, T, D)` of a step over the pools `(1, K, N, D)`, to `(1, T, H, D)`.
-
-    `output` is written to instead of a new tensor, rows behind the step's tokens stay as they are; `num_parts` has no
-    effect on what is computed.
-    """
+    """`Kernels.paged_attention`; `num_parts` has no effect on what is computed."""
     if output is None:
-        output = query.new_empty(1, query.shape[2], query.shape[1], value_pool.shape[3])
+        output = query.new_empty(1, query.shape[2], query.shape[1], pools.values.shape[3])
     starts = tables.on_device.query_starts.tolist()
     for sequence, (start, end) in enumerate(pairwise(starts)):
         if end > start:
@@ -54,7 +48,7 @@ def paged_attention(
             slots = _slots(tables, sequence, length)
             seen = _is_seen(tables, sequence, end - start, length, attention.sliding_window)
             mask = torch.zeros(seen.shape, device=query.device).masked_fill_(~seen, -torch.inf)[None, None]
-            k, v = key_pool[:, :, slots], value_pool[:, :, slots]
+            k, v = (pool[:, :, slots] for pool in pools)
             part = attend_part(query[:, :, start:end], k, v, mask, attention.scaling, attention.softcap)
             output[:, start:end] = merge_parts([part.transpose(1, 2)], attention.sinks).to(output.dtype)
     return output

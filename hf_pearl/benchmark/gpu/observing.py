@@ -20,6 +20,7 @@ ATTENTION = {
     "scaled_dot_product": "sdpa",
     "varlen_attn": "varlen_attn",
     "flash_fwd": "flash_attn",
+    "flash_attn_3": "flash_attn",
 }
 GRAPH_LAUNCH = "GraphLaunch"
 
