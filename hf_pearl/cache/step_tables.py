@@ -146,9 +146,18 @@ class StepTables:
         self._host: tuple[np.ndarray, ...] = (*arrays, block_table_array.reshape(s, b))
 
     def fill(
-        self, sequences: Sequence[PagedSequence], num_new: Sequence[int], trees: Sequence[TreeMask | None]
+        self,
+        sequences: Sequence[PagedSequence],
+        num_new: Sequence[int],
+        trees: Sequence[TreeMask | None],
+        num_later: int = 0,
     ) -> None:
         """Describe a step, and queue the copy to the device on the current stream.
+
+        Parameters
+        ----------
+        num_later : int
+            Steps like this one for whose tokens the sequences have room already, behind those of this step.
 
         Raises
         ------
@@ -164,19 +173,24 @@ class StepTables:
             raise ValueError(f"kernels launched for {self.bounds} cannot run a step of {bounds}; make larger ones.")
         if self._copied is not None:
             self._copied.synchronize()  # The last copy reads what is about to be overwritten.
-        self._fill_sequences(sequences, num_new, trees)
+        self._fill_sequences(sequences, num_new, trees, num_later)
         self._fill_slots(np.asarray(num_new))
         self._fill_trees(num_new, trees)
         self._copy(len(sequences))
 
     def _fill_sequences(
-        self, sequences: Sequence[PagedSequence], num_new: Sequence[int], trees: Sequence[TreeMask | None]
+        self,
+        sequences: Sequence[PagedSequence],
+        num_new: Sequence[int],
+        trees: Sequence[TreeMask | None],
+        num_later: int,
     ) -> None:
         query_starts, lengths, bases, *_, rows = self._host
         count = len(sequences)
         np.cumsum(num_new, out=query_starts[1 : count + 1])
         query_starts[count + 1 :] = query_starts[count]
         lengths[:count] = [sequence.length for sequence in sequences]
+        lengths[:count] -= num_later * np.diff(query_starts[: count + 1])
         bases[:count] = lengths[:count]
         for row, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)):
             rows[row, : len(sequence.block_table)] = sequence.block_numbers()
