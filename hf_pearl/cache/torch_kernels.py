@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .partial_attention import attend_part, merge_parts
-from .step_tables import WORD_BITS, StepTables
+from .step_tables import StepTables
+from .tree_tables import WORD_BITS
 
 if TYPE_CHECKING:
     from .step import Attention
