@@ -156,19 +156,35 @@ def test_block_tables_are_copied_only_when_one_has_changed(seed: int) -> None:
 def test_rows_whose_copy_failed_are_written_again(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupt may come anywhere, and a later step reads what is on the device."""
     history = History(random.Random(seed))
-    sequence = history.cache.allocate()
-    history.cache.append(sequence, 5)
+    before, other = (history.cache.allocate() for _ in range(2))
+    for sequence in (before, other):
+        history.cache.append(sequence, 5)
     tables = history.kept
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(tables, "_copy", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            tables.fill([sequence], [1], [None])
-    tables.fill([sequence], [1], [None])
-    assert tables.on_other_side("block_tables")[0, :2].tolist() == sequence.block_table != [0, 0]
+    tables.fill([before], [1], [None])
+    for sequence in (before, other):
+        with monkeypatch.context() as patch:
+            patch.setattr(tables, "_copy", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                tables.fill([other], [1], [None])
+        tables.fill([sequence, before], [1, 1], [None, None])
+        held = tables.on_other_side("block_tables")[:2, :2]
+        assert held.tolist() == [sequence.block_table, before.block_table]
+
+
+def test_a_fork_and_what_is_left_of_its_origin_are_told_apart(seed: int) -> None:
+    history = History(random.Random(seed))
+    sequence = history.cache.allocate()
+    history.cache.append(sequence, 9)
+    fork = history.cache.fork(sequence)
+    history.cache.rollback(sequence, 3)
+    for each in (sequence, fork):
+        history.kept.fill([each], [1], [None])
+        held = history.kept.on_other_side("block_tables")[0, : len(each.block_table)]
+        assert held.tolist() == each.block_table
 
 
 @given(st.randoms(use_true_random=False))
