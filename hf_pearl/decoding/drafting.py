@@ -54,7 +54,7 @@ class Drafter:
         max_width: int = MAX_WIDTH,
     ) -> None:
         self.lane = lane
-        self._chaining = lane if isinstance(lane, ChainingLane) else None
+        self._chaining = lane if isinstance(lane, ChainingLane) and lane.chains else None
         self.proposer = proposer
         self.max_line = max_line
         self.free_running = free_running
@@ -184,7 +184,7 @@ class Drafter:
     @property
     def num_unheard(self) -> int:
         """How many steps may be made without hearing a verdict; it may come anywhere in them."""
-        return self._verdict_times.num_steps(self.step_seconds)
+        return 1 if self._chaining is None else self._verdict_times.num_steps(self.step_seconds)
 
     def step(self, most: int = 1) -> list[TokenTree]:
         """A draft step over the guesses that are likeliest to stand; return what is guessed of their requests.

@@ -49,6 +49,10 @@ class ChainingLane(Lane, Protocol):
 
     device: torch.device
 
+    @property
+    def chains(self) -> bool:
+        """Whether it ever does."""
+
     def chain(
         self, windows: Sequence[Window], num_steps: int, chooser: Chooser, noise: Sequence[Sequence[NoiseRow]]
     ) -> Chosen | None:

@@ -146,6 +146,11 @@ class ModelLane:
                 self.cache.rollback(sequence, sequence.length - len(window.token_ids))
             raise
 
+    @property
+    def chains(self) -> bool:
+        """Whether steps may ever be chained."""
+        return self.graphs is not None
+
     def chain(
         self, windows: Sequence[Window], num_steps: int, chooser: Chooser, noise: Sequence[Sequence[NoiseRow]]
     ) -> Chosen | None:
