@@ -1,7 +1,4 @@
-"""Captured forwards, on a CPU: everything but the capture itself, whose stand-in calls again what was captured.
-
-The stand-in of these tests is as strict as a graph: it fails where a replay reads other addresses than the capture did.
-"""
+"""Captured forwards, on a CPU: everything but the capture itself, whose stand-in calls again what was captured."""
 
 from __future__ import annotations
 
@@ -24,89 +21,23 @@ from models import (
     random_prompts,
     tiny_model,
 )
+from strict_capture import StrictCapture, capture_on_cpu, use_twins
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hf_pearl
 from hf_pearl import PearlConfig
-from hf_pearl.cache import PagedPrefixCache, kernels, torch_kernels
+from hf_pearl.cache import PagedPrefixCache
 from hf_pearl.cache.block_pool import BlockPool
 from hf_pearl.cache.step_tables import Bounds, Limits
 from hf_pearl.decoding.messages import Branches, Window
 from hf_pearl.parallel import cuda_graphs
 from hf_pearl.parallel.cuda_graphs import GraphRunner
 from hf_pearl.parallel.graph_buckets import NUM_TOKENS, bucket_of, largest_like, limits_of
-from hf_pearl.parallel.graph_capture import Captured, CudaCapture, RerunCapture, Run, capture_for
+from hf_pearl.parallel.graph_capture import CudaCapture, capture_for
 from hf_pearl.parallel.graph_obstacles import obstacle_to_capture
 from hf_pearl.parallel.lane import ModelLane
 from hf_pearl.registry import engines_of
-
-
-class OutsideAddresses(TorchDispatchMode):
-    """Collects where the memory lies that operations use and that none of them has made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.addresses: set[int] = set()
-        self._made: list[torch.Tensor] = []  # kept, so that no address is used twice
-        self._own: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.numel():
-                address = tensor.untyped_storage().data_ptr()
-                if address not in self._own:
-                    self.addresses.add(address)
-        output = func(*args, **kwargs)
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.addresses:
-                self._made.append(tensor)
-                self._own.add(tensor.untyped_storage().data_ptr())
-        return output
-
-
-class StrictCapture(RerunCapture):
-    """The stand-in that knows addresses; it can fail at a capture, and calls `before_replay` before each replay."""
-
-    def __init__(self, fails_at: int | None = None, before_replay: Callable[[], None] = lambda: None) -> None:
-        self.num_captures = self.num_held = self.num_releases = 0
-        self.fails_at, self.before_replay = fails_at, before_replay
-
-    def capture(self, run: Run) -> Captured:
-        """Keep `run`, and where it reads and writes."""
-        self.num_captures += 1
-        if self.num_captures == self.fails_at:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        self.num_held += 1
-        return StrictReplay(self, run)
-
-    def release(self) -> None:
-        """All must have been reset."""
-        assert self.num_held == 0
-        self.num_releases += 1
-
-
-class StrictReplay:
-    """A call, to be made again on the same memory."""
-
-    def __init__(self, owner: StrictCapture, run: Run) -> None:
-        self._owner, self._run = owner, run
-        self._addresses = self._addresses_of_run()
-
-    def _addresses_of_run(self) -> set[int]:
-        with OutsideAddresses() as outside:
-            self._run()
-        return outside.addresses
-
-    def replay(self) -> None:
-        """Make it."""
-        self._owner.before_replay()
-        assert self._addresses_of_run() == self._addresses
-
-    def reset(self) -> None:
-        """Forget it."""
-        self._owner.num_held -= 1
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,23 +49,12 @@ def enabled() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have `attention="triton"` served by the kernels' twins in torch, and capture what comes for the first time."""
-    monkeypatch.setattr(kernels, "store", torch_kernels.store)
-    monkeypatch.setattr(kernels, "paged_attention", torch_kernels.paged_attention)
-    monkeypatch.setattr(cuda_graphs, "CAPTURED_FROM", 1)
+    use_twins(monkeypatch)
 
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[StrictCapture]:
-    """Have engines capture on the CPU, and collect what captures."""
-    made: list[StrictCapture] = []
-
-    def capture_on_cpu(device: torch.device) -> StrictCapture:
-        made.append(StrictCapture())
-        return made[-1]
-
-    monkeypatch.setattr(cuda_graphs, "capture_for", capture_on_cpu)
-    return made
+    return capture_on_cpu(monkeypatch)
 
 
 # -- forwards ---------------------------------------------------------------------------------------------------------
@@ -367,7 +287,7 @@ def test_calls_on_captured_forwards_give_the_tokens_of_generate(
     assert output.pearl.draft_steps > 0 and output.pearl.verified_draft_tokens > 0
     (engine,) = engines_of(target)
     assert len(captures) == 2 and all(each.num_captures > 1 for each in captures)
-    replays = [runner.num_replays for runner in engine.graphs._runners.values()]
+    replays = [runner.num_replays + runner.num_chains for runner in engine.graphs._runners.values()]
     assert len(replays) == 2 and min(replays) > 5
     assert_nothing_held(target)
     hf_pearl.release(target)

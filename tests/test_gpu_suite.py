@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import command_in_process
+from strict_capture import use_twins
 
 from hf_pearl.__main__ import main
 from hf_pearl.benchmark.fill_in import filled_in
@@ -20,9 +21,12 @@ from hf_pearl.benchmark.gpu.observing import attention_among
 from hf_pearl.benchmark.gpu.parts import needed
 from hf_pearl.benchmark.gpu.shapes import QWEN3, Shape, random_model, shape_step_weights, step_weights
 from hf_pearl.benchmark.gpu.simulated import between, spread_over
-from hf_pearl.benchmark.gpu.steps import best_line
+from hf_pearl.benchmark.gpu.steps import best_line, draft_steps, random_rows
 from hf_pearl.benchmark.gpu.suite import gpu_parts, measure_gpu
+from hf_pearl.cache import backends, torch_kernels
 from hf_pearl.decoding.messages import TokenTree
+from hf_pearl.parallel import cuda_graphs
+from hf_pearl.parallel.graph_capture import RerunCapture
 
 CPU = torch.device("cpu")
 ALL_PARTS = [
@@ -155,13 +159,28 @@ def test_steps_are_measured_at_every_size(saved: dict[str, Any]) -> None:
     draft, target = saved["parts"]["steps, 0.6B"], saved["parts"]["steps, 8B"]
     assert [(each["requests"], each["guesses"]) for each in draft["draft_steps"]] == [(1, 1), (1, 4), (3, 3)]
     assert all(each["num_steps"] > 3 and each["seconds"] > 0 for each in draft["draft_steps"])
-    assert target["draft_steps"] == []
+    chained = [
+        (each["requests"], each["guesses"], each["per_launch"], each["seconds"]) for each in draft["chained_steps"]
+    ]
+    assert chained == [(1, 1, 4, None), (1, 4, 4, None)]  # There are no launches on a CPU.
+    assert target["draft_steps"] == target["chained_steps"] == []
     assert [(each["rows"], each["tokens"]) for each in target["target_steps"]] == [(1, 1), (1, 4), (3, 1), (3, 2)]
     methods = [(each["method"], each["rows"]) for each in target["token_seconds"]]
     assert methods == [("generate", 1), ("engine", 1), ("generate", 3), ("engine", 3)]
     bandwidth = saved["parts"]["copy bandwidth"]["bytes_per_second"]
     assert target["bound_seconds"] == target["weight_bytes"] / bandwidth
     assert target["observed"] == {"attention": "sdpa", "uses_graphs": False, "device_seconds": None}
+
+
+@pytest.mark.parametrize("num_guesses", [1, 4])
+def test_steps_that_are_launched_together_are_measured(num_guesses: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the stand-in for captures: of each launch every step counts."""
+    use_twins(monkeypatch)
+    monkeypatch.setattr(cuda_graphs, "capture_for", lambda device: RerunCapture())
+    monkeypatch.setattr(backends, "choose_kernels", lambda name, held: torch_kernels)
+    model = random_model(QUICK.models["0.6B"].shape, CPU, torch.float32)
+    figures = draft_steps(model, random_rows(1, 8, 96), num_guesses, 32, per_launch=4)
+    assert figures["num_steps"] > 8 and figures["num_steps"] % 4 == 0 and figures["seconds"] > 0
 
 
 def test_rivals_are_measured(saved: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from hf_pearl.cache import PagedPrefixCache
-from hf_pearl.decoding import drafting, loop
+from hf_pearl.decoding import draft_windows, loop
 from hf_pearl.decoding.benefit import Benefit, Benefits
 from hf_pearl.decoding.calibration import Calibration
 from hf_pearl.decoding.draft_tree import Candidate, DraftTree
@@ -384,7 +384,7 @@ def run_fuzz(seed: int, samples: bool, num_cases: int, patch: pytest.MonkeyPatch
         for run in range(RUNS_PER_CASE):
             chance = random.Random(f"{seed} {index} {run}")
             patch.setattr(loop, "MAX_TOKENS_PER_FORWARD", chance.choice((4096, 4096, 3, 7, 13)))
-            patch.setattr(drafting, "MAX_PREFILL_TOKENS", chance.choice((1024, 3)))
+            patch.setattr(draft_windows, "MAX_PREFILL_TOKENS", chance.choice((1024, 3)))
             got, stats = decode_interleaved(pairs[which], case, chance)
             where = f"seed {seed}, case {index}, run {run}"
             assert got == case.expected, f"{where}: {got}\nis not\n{case.expected}"

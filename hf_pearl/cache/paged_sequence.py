@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ import torch
 
 from .paged_layer import Slots
 
+_table_numbers = itertools.count(1)
+
 
 class PagedSequence:
     """Block table of a sequence, and how many of its tokens are there.
@@ -19,6 +22,8 @@ class PagedSequence:
     ----------
     block_table : list of int
         Read only; blocks come and go through the methods.
+    table_number : int
+        Changes with every change of the block table; two sequences that have the same one have equal tables.
     length : int
         Tokens whose keys and values are there, or are being computed.
     salt : str
@@ -29,6 +34,7 @@ class PagedSequence:
 
     def __init__(self, salt: str = "", expected_length: int = 0) -> None:
         self.block_table: list[int] = []
+        self.table_number = 0
         self.length = 0
         self.salt = salt
         self.expected_length = expected_length
@@ -38,7 +44,7 @@ class PagedSequence:
     def copy(self) -> PagedSequence:
         """The same sequence again."""
         copied = PagedSequence(self.salt, self.expected_length)
-        copied.length = self.length
+        copied.length, copied.table_number = self.length, self.table_number
         copied.block_table, copied._run_starts = self.block_table.copy(), self._run_starts.copy()
         copied._numbers = self._numbers[:]
         return copied
@@ -54,12 +60,14 @@ class PagedSequence:
             self._run_starts.append(len(self.block_table))
         self.block_table.append(block)
         self._numbers.append(block)
+        self.table_number = next(_table_numbers)
 
     def pop(self) -> int:
         """Take the last block off."""
         if self._run_starts[-1] == len(self.block_table) - 1:
             self._run_starts.pop()
         self._numbers.pop()
+        self.table_number = next(_table_numbers)
         return self.block_table.pop()
 
     def replace(self, blocks: Sequence[int]) -> None:

@@ -1,8 +1,9 @@
 """What kernels have to know of a step: a few small int32 tensors, filled once per forward and shared by all layers.
 
-Everything lies in one buffer, pinned on the host, that goes to the device in one copy. All tensors have fixed addresses
-and maximal sizes, and kernels read from device memory how many sequences and tokens there are. So the calls of a
-forward can be captured in a CUDA graph once, with `bounds` given, and be replayed for any later step within them:
+Everything lies in one buffer, pinned on the host, that goes to the device in one copy; block tables, the largest part
+of it, only when one has changed. All tensors have fixed addresses and maximal sizes, and kernels read from device
+memory how many sequences and tokens there are. So the calls of a forward can be captured in a CUDA graph once, with
+`bounds` given, and be replayed for any later step within them:
 
     tables = StepTables(limits, block_size, device, bounds=Bounds(8, 64, 16, 4096, True))  # fixes grids and splits
     tables.fill(sequences, num_new, trees)  # the copy is queued on the current stream, before capture or replay
@@ -24,8 +25,7 @@ import torch
 
 from .paged_sequence import PagedSequence
 from .sdpa import TreeMask
-
-WORD_BITS = 32
+from .tree_tables import WORD_BITS, describe_trees, num_words
 
 
 class Limits(NamedTuple):
@@ -146,15 +146,25 @@ class StepTables:
         self._sequences: Sequence[PagedSequence] = ()
         self._copied: torch.cuda.Event | None = torch.cuda.Event() if is_cuda else None
         self._num_before_blocks = sum(sizes[:-1])
+        self._held_rows = [0] * s  # `table_number` of what each row of the block tables holds, here and on the device
         tensors = self._numbers.split(sizes)
         self.on_device = Tables._make([*tensors[:-1], tensors[-1].view(s, b)])
         *arrays, block_table_array = np.split(self._on_host.numpy(), np.cumsum(sizes)[:-1])
         self._host: tuple[np.ndarray, ...] = (*arrays, block_table_array.reshape(s, b))
 
     def fill(
-        self, sequences: Sequence[PagedSequence], num_new: Sequence[int], trees: Sequence[TreeMask | None]
+        self,
+        sequences: Sequence[PagedSequence],
+        num_new: Sequence[int],
+        trees: Sequence[TreeMask | None],
+        num_later: int = 0,
     ) -> None:
         """Describe a step, and queue the copy to the device on the current stream.
+
+        Parameters
+        ----------
+        num_later : int
+            Steps like this one for whose tokens the sequences have room already, behind those of this step.
 
         Raises
         ------
@@ -171,10 +181,13 @@ class StepTables:
         if self._copied is not None:
             self._copied.synchronize()  # The last copy reads what is about to be overwritten.
         self._sequences, self.num_new = sequences, list(num_new)
-        self._fill_sequences(sequences, num_new, trees)
+        self._fill_sequences(sequences, num_new, trees, num_later)
+        changed = self._fill_block_tables(sequences)
         self._fill_slots(np.asarray(num_new))
         self._fill_trees(num_new, trees)
-        self._copy(len(sequences))
+        self._copy(self._num_before_blocks + (len(sequences) * self.limits.num_blocks if changed else 0))
+        for row in changed:
+            self._held_rows[row] = sequences[row].table_number
 
     def runs(self) -> list[slice] | None:
         """The slots of each sequence of the step, if those of each are neighbours."""
@@ -183,18 +196,32 @@ class StepTables:
         return runs if len(runs) == len(slots) else None
 
     def _fill_sequences(
-        self, sequences: Sequence[PagedSequence], num_new: Sequence[int], trees: Sequence[TreeMask | None]
+        self,
+        sequences: Sequence[PagedSequence],
+        num_new: Sequence[int],
+        trees: Sequence[TreeMask | None],
+        num_later: int,
     ) -> None:
-        query_starts, lengths, bases, *_, rows = self._host
+        query_starts, lengths, bases, *_ = self._host
         count = len(sequences)
         np.cumsum(num_new, out=query_starts[1 : count + 1])
         query_starts[count + 1 :] = query_starts[count]
         lengths[:count] = [sequence.length for sequence in sequences]
+        lengths[:count] -= num_later * np.diff(query_starts[: count + 1])
         bases[:count] = lengths[:count]
-        for row, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)):
-            rows[row, : len(sequence.block_table)] = sequence.block_numbers()
+        for row, tree in enumerate(trees):
             if tree is not None:
                 bases[row] = tree.num_common
+
+    def _fill_block_tables(self, sequences: Sequence[PagedSequence]) -> list[int]:
+        """Write the rows that hold anything else, and return them: a block serves many steps."""
+        *_, rows = self._host
+        held = self._held_rows
+        changed = [row for row, sequence in enumerate(sequences) if held[row] != sequence.table_number]
+        for row in changed:
+            held[row] = -1  # until it is on the device
+            rows[row, : len(sequences[row].block_table)] = sequences[row].block_numbers()
+        return changed
 
     def _fill_slots(self, num_new: np.ndarray) -> None:
         query_starts, lengths, _, _, _, slots, _, block_tables = self._host
@@ -208,42 +235,22 @@ class StepTables:
     def _fill_trees(self, num_new: Sequence[int], trees: Sequence[TreeMask | None]) -> None:
         _, _, _, starts, words, _, numbers, _ = self._host
         words[:] = 0
+        present = [(row, tree) for row, tree in enumerate(trees) if tree is not None]
+        if not present:
+            return
         end = 0
-        for row, tree in enumerate(trees):
-            if tree is not None:
-                starts[row], words[row] = end, num_words(tree)
-                described = describe_tree(tree, num_new[row])
-                numbers[end : end + len(described)] = described
-                end += len(described)
+        for (row, tree), described in zip(present, describe_trees([tree for _, tree in present]), strict=True):
+            assert len(tree.paths) == num_new[row]
+            starts[row], words[row] = end, num_words(tree)
+            numbers[end : end + len(described)] = described
+            end += len(described)
 
-    def _copy(self, num_sequences: int) -> None:
+    def _copy(self, num_numbers: int) -> None:
+        """Queue the copy of so many numbers."""
         if self._copied is None:
             return
-        used = self._num_before_blocks + num_sequences * self.limits.num_blocks
-        self._numbers[:used].copy_(self._on_host[:used], non_blocking=True)
+        self._numbers[:num_numbers].copy_(self._on_host[:num_numbers], non_blocking=True)
         self._copied.record(torch.cuda.current_stream(self.device))
-
-
-def num_words(tree: TreeMask) -> int:
-    """Words that a query's mask over the places of the tree takes."""
-    return -(-(max(path[-1] for path in tree.paths) + 1 - tree.num_common) // WORD_BITS)
-
-
-def describe_tree(tree: TreeMask, num_queries: int) -> np.ndarray:
-    """The numbers of a tree, as `StepTables` holds them.
-
-    A tree behind 5 common tokens whose two queries, at the places 6 and 7, both follow the one at place 5 has `W = 1`
-    and is `[6, 0b011, 6, 0b101]`, then `[5, 6, 6]` and 29 zeros: both are at position 6, and see place 5 and their own.
-    """
-    assert len(tree.paths) == num_queries
-    count, base = num_words(tree), tree.num_common
-    rows = []
-    positions = np.zeros(count * WORD_BITS, dtype=np.int32)
-    for path in tree.paths:
-        mask = sum(1 << (place - base) for place in path)
-        rows.append((base + len(path) - 1).to_bytes(4, "little") + mask.to_bytes(4 * count, "little"))
-        positions[np.asarray(path) - base] = np.arange(base, base + len(path))
-    return np.concatenate([np.frombuffer(b"".join(rows), dtype="<i4"), positions])
 
 
 def needs(

@@ -16,7 +16,8 @@ import torch
 
 from .kernel_interface import Pools
 from .partial_attention import attend_part, merge_parts
-from .step_tables import WORD_BITS, StepTables
+from .step_tables import StepTables
+from .tree_tables import WORD_BITS
 
 if TYPE_CHECKING:
     from .step import Attention

@@ -6,14 +6,14 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Protocol
-
-import torch
 
 from ..errors import PearlOutOfBlocksError
 from .calibration import MAX_RANKS, Calibration
+from .chaining import VerdictTimes, chain_length
 from .draft_tree import Candidate, DraftTree, Node
-from .messages import MAX_TREE_TOKENS, Admission, Branches, DraftReport, DraftStep, Removal, TokenTree, Verdict, Window
+from .draft_windows import draft_window
+from .lanes import ChainingLane, Lane
+from .messages import MAX_TREE_TOKENS, Admission, DraftReport, DraftStep, Removal, TokenTree, Verdict, Window
 from .policy import ForwardTimes
 from .proposal import Guess, Prefix, Proposer
 
@@ -22,35 +22,8 @@ MAX_LINE = 32
 # after a rejection than be of use. In simulation 0.02 gave 1 to 4% more tokens per second than 0, and 0.05 no more.
 MIN_CHANCE = 0.02
 MAX_WIDTH = 8
-MAX_PREFILL_TOKENS = 1024
-
 
 Choice = tuple[DraftTree, int, Node]  # a guess to compute, its tree, and its request
-
-
-class Lane(Protocol):
-    """What the decoding asks of a model on its cache; `parallel.lane.ModelLane` is the real one."""
-
-    def admit(self, request_id: int, token_ids: Sequence[int], max_length: int) -> int:
-        """Begin a sequence of `max_length` tokens in the end; return how many of them are already in the cache."""
-
-    def fork(self, request_id: int, new_id: int, length: int) -> None:
-        """Begin a sequence with the first `length` tokens of another."""
-
-    def length(self, request_id: int) -> int:
-        """How many tokens of a sequence are in the cache."""
-
-    def forward(self, windows: Sequence[Window]) -> torch.Tensor:
-        """Compute new tokens; return the logits `(sum of num_logits, vocab_size)`."""
-
-    def rollback(self, request_id: int, length: int) -> None:
-        """Drop a sequence's tokens from position `length` on."""
-
-    def keep(self, request_id: int, num_first: int, places: Sequence[int]) -> None:
-        """Drop a sequence's tokens but the first ones and those at `places`, ascending, which move up."""
-
-    def release(self, request_id: int, verified: Sequence[int]) -> None:
-        """End a sequence whose `verified` tokens may be found again."""
 
 
 class Drafter:
@@ -81,6 +54,7 @@ class Drafter:
         max_width: int = MAX_WIDTH,
     ) -> None:
         self.lane = lane
+        self._chaining = lane if isinstance(lane, ChainingLane) and lane.chains else None
         self.proposer = proposer
         self.max_line = max_line
         self.free_running = free_running
@@ -90,6 +64,7 @@ class Drafter:
         self.trees: dict[int, DraftTree] = {}
         self.num_steps = 0
         self.step_times = ForwardTimes()
+        self._verdict_times = VerdictTimes()
         self.num_drafted = 0
         self.num_prefilled = 0
         self.timeline: list[DraftStep] = []
@@ -137,6 +112,7 @@ class Drafter:
     def verdict(self, message: Verdict) -> None:
         """Move a request's root; keep what agrees, roll the cache back behind it."""
         tree = self.trees[message.request_id]
+        self._verdict_times.hear(message.request_id)
         pruned = tree.prune(message.number, message.token_ids)
         self._learn(pruned.judged)
         if message.request_id not in self._followed and self.lane.length(message.request_id) > pruned.num_first:
@@ -153,6 +129,7 @@ class Drafter:
         tree = self.trees.pop(message.request_id)
         self.num_drafted += tree.num_drafted
         self.proposer.remove(message)
+        self._verdict_times.forget(message.request_id)
         if self._followed.pop(message.request_id, None) is None:
             self._drop_guesses(message.request_id, tree)
             self.lane.release(message.request_id, tree.verified)
@@ -204,8 +181,17 @@ class Drafter:
         seconds = self.step_times.seconds(1)
         return self.step_times.per_token / seconds if seconds > 0 else 0.1
 
-    def step(self) -> list[TokenTree]:
-        """One draft forward over the guesses that are likeliest to stand; return what is guessed of their requests."""
+    @property
+    def num_unheard(self) -> int:
+        """How many steps may be made without hearing a verdict; it may come anywhere in them."""
+        return 1 if self._chaining is None else self._verdict_times.num_steps(self.step_seconds)
+
+    def step(self, most: int = 1) -> list[TokenTree]:
+        """A draft step over the guesses that are likeliest to stand; return what is guessed of their requests.
+
+        Up to `most` steps are made where they fit into one launch, each over the likeliest guess behind those of the
+        one before.
+        """
         self.num_steps += 1
         if not self.has_work():
             return []
@@ -216,55 +202,69 @@ class Drafter:
             return []
         chosen.sort(key=lambda each: each[1])  # the nodes of a request side by side, in the order of their chances
         windows = self._windows(chosen)
+        computed = {window.request_id for window in windows if window.num_logits}
+        behind = [each for each in chosen if each[1] in computed]
         try:
-            logits = self.lane.forward(windows)
+            steps = self._chain(windows, behind, most) or [self._propose(windows, behind)]
         except PearlOutOfBlocksError:
             self._give_up()
             return []
-        computed = {window.request_id for window in windows if window.num_logits}
-        self._propose(logits, [each for each in chosen if each[1] in computed])
-        ended = time.perf_counter()
-        self.timeline.append(DraftStep(started, ended, len(chosen)))
-        if all(len(window.token_ids) <= 4 or window.branches for window in windows):  # Prefill is no draft step.
-            self.time_step(len(chosen), ended - started)
+        self._grow(behind, steps)
+        self.num_steps += len(steps) - 1
+        seconds = (time.perf_counter() - started) / len(steps)
+        for start in (started + seconds * place for place in range(len(steps))):
+            self.timeline.append(DraftStep(start, start + seconds, len(chosen)))
+            if all(len(window.token_ids) <= 4 or window.branches for window in windows):  # Prefill is no draft step.
+                self.time_step(len(chosen), seconds)
         return [self.token_tree(request_id) for request_id in computed]
 
     def time_step(self, num_guesses: int, seconds: float) -> None:
         """Learn what a draft step costs."""
         self.step_times.record(num_guesses, seconds)
 
-    def _propose(self, logits: torch.Tensor, computed: Sequence[Choice]) -> None:
-        if not computed:
-            return
-        prefixes = [
-            Prefix(request_id, tree.length(node), partial(tree.tokens, node)) for tree, request_id, node in computed
-        ]
-        guesses = self.proposer.propose(logits, prefixes, self.num_guesses)
-        for request_id, group in groupby(zip(computed, guesses, strict=True), key=lambda each: each[0][1]):
-            behind = list(group)
-            first = self.lane.length(request_id) - len(behind)
-            for place, ((tree, _, node), found) in enumerate(behind, start=first):
-                tree.computed(node, place, [self._candidate(*each) for each in enumerate(found)])
+    def _chain(self, windows: Sequence[Window], behind: Sequence[Choice], most: int) -> list[list[list[Guess]]]:
+        """What is guessed in several steps, if they can be made in one launch; else nothing."""
+        lane = self._chaining
+        is_of_guesses = all(window.num_logits == len(window.token_ids) for window in windows)
+        if most == 1 or lane is None or self._followed or not is_of_guesses:
+            return []
+        rooms = [tree.max_length - 1 - tree.length(node) for tree, _, node in behind]
+        depths = [self.max_line - node.depth for *_, node in behind]
+        num_steps, prefixes = chain_length(min(most, *rooms, *depths)), self._prefixes(behind)
+        chooser = self.proposer.chooser(prefixes, self.num_guesses)
+        if num_steps == 1 or chooser is None:
+            return []
+        chosen = lane.chain(windows, num_steps, chooser, self.proposer.noise_rows(prefixes, num_steps, lane.device))
+        return [] if chosen is None else self.proposer.guesses(chosen)
+
+    def _propose(self, windows: Sequence[Window], behind: Sequence[Choice]) -> list[list[Guess]]:
+        logits = self.lane.forward(windows)
+        return self.proposer.propose(logits, self._prefixes(behind), self.num_guesses) if behind else []
+
+    @staticmethod
+    def _prefixes(behind: Sequence[Choice]) -> list[Prefix]:
+        return [Prefix(request_id, tree.length(node), partial(tree.tokens, node)) for tree, request_id, node in behind]
+
+    def _grow(self, behind: Sequence[Choice], steps: Sequence[Sequence[Sequence[Guess]]]) -> None:
+        """Take what was guessed behind some nodes, then behind the likeliest of these guesses, and so on."""
+        for num_left, guesses in zip(range(len(steps), 0, -1), steps, strict=True):
+            for request_id, group in groupby(zip(behind, guesses, strict=True), key=lambda each: each[0][1]):
+                found = list(group)
+                first = self.lane.length(request_id) - len(found) * num_left
+                for place, ((tree, _, node), row) in enumerate(found, start=first):
+                    tree.computed(node, place, [self._candidate(*each) for each in enumerate(row)])
+            if num_left > 1:
+                behind = [(tree, request_id, node.children[0]) for tree, request_id, node in behind]
 
     def _candidate(self, rank: int, guess: Guess) -> Candidate:
         return Candidate(guess.token_id, guess.confidence, self.calibration.chance(guess.confidence, rank))
 
     def _windows(self, chosen: Sequence[Choice]) -> list[Window]:
         """One window per request: what is verified and not computed, or guesses."""
-        windows = []
-        for request_id, choices in groupby(chosen, key=lambda each: each[1]):
-            tree, nodes = self.trees[request_id], [node for _, _, node in choices]
-            length = self.lane.length(request_id)
-            if nodes[0].parent is None:
-                tokens = tree.verified[length:]
-                is_cut = len(tokens) > MAX_PREFILL_TOKENS
-                windows.append(Window(request_id, tuple(tokens[:MAX_PREFILL_TOKENS]), int(not is_cut)))
-                continue
-            paths = [(*tree.path(node), length + place) for place, node in enumerate(nodes)]
-            is_line = len(nodes) == 1 and len(paths[0]) == length + 1 - tree.num_verified
-            branches = None if is_line else Branches(tree.num_verified, tuple(paths))
-            windows.append(Window(request_id, tuple(node.token_id for node in nodes), len(nodes), branches))
-        return windows
+        return [
+            draft_window(request_id, self.trees[request_id], [node for *_, node in nodes], self.lane.length(request_id))
+            for request_id, nodes in groupby(chosen, key=lambda each: each[1])
+        ]
 
     def _give_up(self) -> None:
         """Memory has run out: drop all guesses, and draft no more until a request has ended."""

@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..errors import PearlOutOfBlocksError
-from .drafting import Lane
 from .guesses import Guesses
+from .lanes import Lane
 from .messages import Removal, Verdict, Window
 from .request import Request
 from .schedule import NoDraft

@@ -23,6 +23,7 @@ SHARED_STREAM, DRAFT_STREAM, ACCEPT_STREAM, RESIDUAL_STREAM = range(4)
 
 Words = TypeVar("Words", npt.NDArray[np.int64], torch.Tensor)
 Key = tuple[int, int]
+NoiseRow = tuple[int, int, int, int]
 
 _MASK = 2**32 - 1
 # Philox blocks at a time on a CPU: 64 KiB per temporary stays in its cache (40% less time at V=152k).
@@ -33,12 +34,14 @@ _MAX_CHUNK_POSITIONS = 16
 _CACHED_POSITIONS = 32  # a target window and the draft's lead over it; 20 MiB per request at V=152k
 
 
-def philox4x32(counter: tuple[Words, Words, Words, Words], key: Key) -> tuple[Words, Words, Words, Words]:
+def philox4x32(
+    counter: tuple[Words, Words, Words, Words], key: Key | tuple[Words, Words]
+) -> tuple[Words, Words, Words, Words]:
     """Philox4x32-10: four random 32-bit words for every 128-bit counter.
 
     Args:
         counter: Four int64 arrays or four int64 tensors of 32-bit values, of shapes that broadcast.
-        key: Two 32-bit words.
+        key: Two 32-bit words, or two such arrays or tensors.
 
     Returns:
         Four int64 arrays or tensors of 32-bit values, of the broadcast shape.
@@ -112,7 +115,19 @@ def _torch_noise(key: Key, positions: range, vocab_size: int, stream: int, devic
     blocks = torch.arange(-(-vocab_size // 4), device=device)[None, :]  # (1, B)
     rows = torch.arange(positions.start, positions.stop, device=device)[:, None]  # (P, 1)
     streams, zeros = torch.full((1, 1), stream, device=device), torch.full((1, 1), 0, device=device)
-    words = torch.stack(philox4x32((blocks, rows, streams, zeros), key), dim=-1)  # (P, B, 4)
+    return _gumbel_of(torch.stack(philox4x32((blocks, rows, streams, zeros), key), dim=-1), vocab_size)
+
+
+def noise_of_rows(rows: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """The noise `(N, V)`, float32, of rows `(N, 4)`, int64, as `NoiseSource.row` gives them, on their device."""
+    low, high, streams, positions = rows[:, :, None].unbind(1)  # (N, 1) each
+    blocks = torch.arange(-(-vocab_size // 4), device=rows.device)[None, :]  # (1, B)
+    words = philox4x32((blocks, positions, streams, torch.zeros_like(low)), (low, high))
+    return _gumbel_of(torch.stack(words, dim=-1), vocab_size)
+
+
+def _gumbel_of(words: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Noise `(P, V)` of words `(P, B, 4)`."""
     gumbel = -torch.log(-torch.log(words.double() * -(2.0**-32) + (1 - 2.0**-33)))
     return gumbel.flatten(1)[:, :vocab_size].float().contiguous()
 
@@ -156,7 +171,7 @@ class NoiseSource:
         noise = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
         return noise[first_position - indices.start * length :][:num_positions]
 
-    def row(self, position: int) -> tuple[int, int, int, int]:
+    def row(self, position: int) -> NoiseRow:
         """What a kernel needs to know of a position's noise: low and high word of the seed, stream, position."""
         return self._seed & _MASK, self._seed >> 32, self._stream, position
 

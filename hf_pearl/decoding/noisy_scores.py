@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .noise import NoiseSource
+from .noise import NoiseSource, noise_of_rows
 
 
 class Draw(NamedTuple):
@@ -42,6 +42,12 @@ def noisy_scores(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     if kernels is not None:
         return kernels.noisy_scores(scores, _rows(draws, scores.device))
     return scores + _noise(draws, scores)
+
+
+def add_noise(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Scores plus noise, `(N, V)`, float32; `rows` `(N, 4)`, int64, on their device, are those of `NoiseSource.row`."""
+    kernels = load_kernels() if scores.device.type == "cuda" and scores.stride(-1) == 1 else None
+    return scores + noise_of_rows(rows, scores.shape[1]) if kernels is None else kernels.noisy_scores(scores, rows)
 
 
 def _kernels(scores: torch.Tensor, draws: Sequence[Draw]) -> ModuleType | None:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from transformers import LogitsProcessorList
 
+from .choosing import Chooser, Chosen, fit, likeliest, make_chooser
 from .draft_distributions import DraftDistributions
 from .messages import Admission, Removal
-from .noise import DRAFT_STREAM, SHARED_STREAM, NoiseSource
+from .noise import DRAFT_STREAM, SHARED_STREAM, NoiseRow, NoiseSource
 from .noisy_scores import Draw, noisy_scores
 from .on_host import on_host
 from .processors import is_of_scores
@@ -82,25 +83,32 @@ class Proposer:
 
     def propose(self, logits: torch.Tensor, prefixes: Sequence[Prefix], num_guesses: int = 1) -> list[list[Guess]]:
         """The likeliest guesses per row of `logits` `(N, draft vocabulary)`; the first is the draft's own token."""
-        scores = self._process(self._fit(logits), prefixes)  # (N, V)
+        scores = self._process(fit(logits, self.vocab_size), prefixes)  # (N, V)
         noisy = noisy_scores(scores, self._draws(prefixes, scores.device)) if self._samples(prefixes) else scores
-        if num_guesses == 1:
-            chosen = noisy.argmax(dim=-1, keepdim=True)
-        else:
-            chosen = noisy.topk(min(num_guesses, self.vocab_size), dim=-1).indices
+        chosen = likeliest(scores, noisy, min(num_guesses, self.vocab_size))
         if self.distributions is not None and self._samples(prefixes):
-            self._keep(scores, prefixes, chosen[:, 0].tolist(), self.distributions)
-        first = chosen[:, :1]
-        confidence = (scores.gather(1, first) - scores.logsumexp(dim=-1, keepdim=True)).exp()
-        if num_guesses > 1:
-            gaps = noisy.gather(1, chosen[:, 1:]) - noisy.gather(1, first)
-            confidence = torch.cat([confidence, gaps.sigmoid()], dim=1)
-        confidence = confidence.nan_to_num(0.0)  # NaN where the processors exclude every token
-        every_sure, every_token = on_host(confidence, chosen)
-        return [
-            [Guess(*guess) for guess in zip(tokens, sure, strict=True)]
-            for tokens, sure in zip(every_token, every_sure, strict=True)
-        ]
+            self._keep(scores, prefixes, chosen.token_ids[:, 0].tolist(), self.distributions)
+        return [_guesses(*row) for row in zip(*on_host(chosen.confidence, chosen.token_ids), strict=True)]
+
+    def chooser(self, prefixes: Sequence[Prefix], num_guesses: int) -> Chooser | None:
+        """What chooses as `propose` does, without a look at the host; None where that is not possible."""
+        samples = self._samples(prefixes)
+        if samples and self.distributions is not None:
+            return None
+        return make_chooser(self.vocab_size, num_guesses, samples, self.processors)
+
+    def noise_rows(self, prefixes: Sequence[Prefix], num_steps: int, device: torch.device) -> list[list[NoiseRow]]:
+        """The noise of `num_steps` guesses behind each prefix, for a `Chooser`: step by step; none if not sampling."""
+        if not self._samples(prefixes):
+            return []
+        draws = [(source, position) for source, position in self._draws(prefixes, device) if source is not None]
+        return [[source.row(position + step) for source, position in draws] for step in range(num_steps)]
+
+    @staticmethod
+    def guesses(chosen: Chosen) -> list[list[list[Guess]]]:
+        """What was chosen in several steps, `(n, N, G)`: guesses per step and row."""
+        steps = zip(*on_host(chosen.confidence, chosen.token_ids), strict=True)
+        return [[_guesses(*row) for row in zip(*step, strict=True)] for step in steps]
 
     @staticmethod
     def _keep(
@@ -109,11 +117,6 @@ class Proposer:
         q = scores.softmax(dim=-1).nan_to_num(0.0)  # NaN where the processors exclude every token
         for prefix, token_id, row in zip(prefixes, drawn, q, strict=True):
             distributions.put(prefix.request_id, prefix.length, token_id, row)
-
-    def _fit(self, logits: torch.Tensor) -> torch.Tensor:
-        logits = logits[:, : self.vocab_size].float()
-        missing = self.vocab_size - logits.shape[1]
-        return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
 
     def _process(self, scores: torch.Tensor, prefixes: Sequence[Prefix]) -> torch.Tensor:
         if not self._needs_ids:
@@ -138,3 +141,7 @@ class Proposer:
                 self._noise[request_id] = NoiseSource(seed, self.vocab_size, device, self._stream)
             draws.append(Draw(self._noise[request_id], length))
         return draws
+
+
+def _guesses(confidences: Sequence[float], token_ids: Sequence[int]) -> list[Guess]:
+    return [Guess(*guess) for guess in zip(token_ids, confidences, strict=True)]

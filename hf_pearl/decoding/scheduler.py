@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .drafting import Lane
+from .lanes import Lane
 from .request import Request
 from .stats import PearlStats
 

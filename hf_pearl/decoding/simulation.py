@@ -81,8 +81,8 @@ class TimedDrafter(Drafter):
         self._costs = costs
         self.virtual_seconds = 0.0
 
-    def step(self) -> list[TokenTree]:
-        """One draft step."""
+    def step(self, most: int = 1) -> list[TokenTree]:
+        """One draft step: there are no launches here."""
         trees, prefill = super().step(), self._costs.draft_prefill
         if len(self.timeline) == 1 and prefill is not None:
             self.virtual_seconds = prefill

@@ -31,9 +31,9 @@ def run_draft_loop(
 ) -> None:
     """Draft until the call ends.
 
-    Free-running: hear everything, make a step if any guess may grow and nobody wants rest, else wait for a message. In
-    lockstep and sequential schedules a grant is used up before the next message is heard, so that nothing depends on
-    timing.
+    Free-running: hear everything, make a step, or a chain of a few, if any guess may grow and nobody wants rest, else
+    wait for a message. In lockstep and sequential schedules a grant is used up before the next message is heard, so
+    that nothing depends on timing.
     """
     granted, is_resting = 0, False
     while True:
@@ -51,5 +51,6 @@ def run_draft_loop(
                 is_resting = message.is_resting
             else:
                 drafter.handle(message)
-        publish(drafter.step())
-        granted = max(0, granted - 1)
+        before = drafter.num_steps
+        publish(drafter.step(granted or drafter.num_unheard))
+        granted = max(0, granted - (drafter.num_steps - before))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from ..cache.step_tables import WORD_BITS, Bounds, Limits
+from ..cache.step_tables import Bounds, Limits
+from ..cache.tree_tables import WORD_BITS
 
 # Up to 16 tokens a forward costs the same; beyond, half as much again costs less than double.
 NUM_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)

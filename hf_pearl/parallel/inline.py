@@ -61,7 +61,7 @@ class InlineDraft:
     def wait(self, num_steps: int, timeout: float) -> bool:
         """Make draft steps until `num_steps` of this call are done."""
         while self._drafter.num_steps < num_steps:
-            self._drafter.step()
+            self._drafter.step(num_steps - self._drafter.num_steps)
         return True
 
     def finish(self) -> DraftReport:

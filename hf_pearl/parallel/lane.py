@@ -13,13 +13,15 @@ from transformers import PreTrainedModel
 from ..cache import PagedPrefixCache, PagedSequence
 from ..cache.attention import paged_attention, paged_step, register
 from ..cache.step import PagedStep
+from ..decoding.choosing import Chooser, Chosen
 from ..decoding.messages import Window
+from ..decoding.noise import NoiseRow
 from ..errors import PearlOutOfBlocksError
 from ..model_devices import computing_devices, input_device
 from ..models import all_modules
 from .cuda_graphs import GraphRunner
 from .inference import may_use_inference_mode
-from .packed_windows import PackedWindows, pack
+from .packed_windows import PackedWindows, chained, pack
 from .streams import nvtx_range
 
 
@@ -144,6 +146,50 @@ class ModelLane:
                 self.cache.rollback(sequence, sequence.length - len(window.token_ids))
             raise
 
+    @property
+    def chains(self) -> bool:
+        """Whether steps may ever be chained."""
+        return self.graphs is not None
+
+    def chain(
+        self, windows: Sequence[Window], num_steps: int, chooser: Chooser, noise: Sequence[Sequence[NoiseRow]]
+    ) -> Chosen | None:
+        """Compute windows, and `num_steps - 1` times the tokens chosen behind each of theirs, each on its own branch.
+
+        Parameters
+        ----------
+        windows : sequence of Window
+            Logits are wanted after each of their tokens.
+        noise : sequence
+            Of every step the noise of its rows; empty where `chooser` does not sample.
+
+        Returns
+        -------
+        Chosen or None
+            `(num_steps, N, G)`, to be read before the next forward. None: it cannot be done now, and all is as it was.
+        """
+        if self.graphs is None or not self.graphs.can_chain(chooser):
+            return None
+        sequences = [self._sequences[window.request_id] for window in windows]
+        lengths = [sequence.length for sequence in sequences]
+        result = None
+        try:
+            self._append(sequences, windows)
+            first = pack(sequences, windows, self.vocab_size)
+            for _ in range(1, num_steps):
+                self._append(sequences, windows)
+            with nvtx_range(self.device, f"{num_steps} steps of {self.name}", windows), self._mode():
+                steps = chained(sequences, first, num_steps)
+                result = self.graphs.chain(self.model, sequences, steps, chooser, noise)
+        except PearlOutOfBlocksError:
+            pass  # There may be enough for a single step.
+        if result is None:
+            for sequence, length in zip(sequences, lengths, strict=True):
+                self.cache.rollback(sequence, length)
+            return None
+        self._note_nan(result.sums, windows)
+        return result.chosen
+
     def _forward(self, sequences: list[PagedSequence], windows: Sequence[Window]) -> torch.Tensor:
         packed = pack(sequences, windows, self.vocab_size)
         logits, is_clean = self._replayed(sequences, packed), False
@@ -166,7 +212,10 @@ class ModelLane:
         return logits[[place - num_without for place in packed.kept]]
 
     def _note_nan(self, logits: torch.Tensor, windows: Sequence[Window]) -> None:
-        """Remember whether there was a NaN; elsewhere than on a CPU on the device: to ask waits for the forward."""
+        """Remember whether there was a NaN in logits or their sums.
+
+        Elsewhere than on a CPU it is remembered on the device: to ask waits for the forward.
+        """
         if self.device.type == "cpu":
             if _has_nan(logits):
                 self._with_nan.update(window.request_id for window in windows)

@@ -54,3 +54,26 @@ def _positions(sequence: PagedSequence, window: Window) -> Iterable[int]:
         return range(sequence.length - len(window.token_ids), sequence.length)
     num_common, paths = window.branches
     return (num_common + len(path) - 1 for path in paths)
+
+
+def chained(sequences: Sequence[PagedSequence], first: PackedWindows, num_steps: int) -> list[PackedWindows]:
+    """The steps of a chain, in each of which a token is put behind every one of the step before.
+
+    Their ids are not known, but all else. The sequences have room for them. Tokens 5 and 6 of a sequence on branches
+    from its token 4 are followed by 7, behind 5, and 8, behind 6; and these by 9 and 10.
+    """
+    steps = []
+    for step in range(num_steps):
+        trees = [
+            tree and _grown(tree, sequence.length - (num_steps - 1) * num, num, step)
+            for sequence, num, tree in zip(sequences, first.num_new, first.trees, strict=True)
+        ]
+        steps.append(first._replace(positions=[position + step for position in first.positions], trees=trees))
+    return steps
+
+
+def _grown(tree: TreeMask, length: int, num_new: int, step: int) -> TreeMask:
+    """The tree of a step; at the end of the chain's first one the sequence has `length` tokens."""
+    end = length + num_new * step
+    paths = [(*path, *range(length + place, end, num_new)) for place, path in enumerate(tree.paths)]
+    return TreeMask(tree.num_common, tuple(paths))

@@ -38,16 +38,16 @@ class StaticForward:
             self._on_host = torch.zeros(3, bucket.num_tokens, dtype=torch.long, pin_memory=is_cuda)
             self.numbers = torch.zeros_like(self._on_host, device=device) if is_cuda else self._on_host
             self._no_mask = torch.zeros(1, 1, 1, 1)
-            self._input_ids, self._position_ids = self.numbers[0:1], self.numbers[1:2]
+            self.input_ids, self._position_ids = self.numbers[0:1], self.numbers[1:2]
             self._kept = self.numbers[2]
         self._host = self._on_host.numpy()
         self._copied = torch.cuda.Event() if is_cuda else None
         self._captured: Captured | None = None
         self.logits: torch.Tensor | None = None
 
-    def fill(self, sequences: Sequence[PagedSequence], packed: PackedWindows) -> None:
-        """Queue the copy of a step's inputs, on the current stream."""
-        self.tables.fill(sequences, packed.num_new, packed.trees)
+    def fill(self, sequences: Sequence[PagedSequence], packed: PackedWindows, num_later: int = 0) -> None:
+        """Queue the copy of a step's inputs, on the current stream; `num_later` as in `StepTables.fill`."""
+        self.tables.fill(sequences, packed.num_new, packed.trees, num_later)
         if self._copied is not None:
             self._copied.synchronize()  # The last copy reads what is about to be overwritten.
         for row, numbers in zip(self._host, (packed.token_ids, packed.positions, packed.kept), strict=True):
@@ -69,7 +69,7 @@ class StaticForward:
         RuntimeError
             It cannot be captured.
         """
-        logits = self._forward()
+        logits = self.compute()
         with torch.inference_mode(False):
             self.logits = room(logits)[: logits.shape[0]]
         self._captured = capture.capture(self._run)
@@ -88,16 +88,16 @@ class StaticForward:
 
     def _run(self) -> None:
         assert self.logits is not None
-        self.logits.copy_(self._forward())
+        self.logits.copy_(self.compute())
 
-    def _forward(self) -> torch.Tensor:
-        """Logits `(T, V)` of the tokens at `kept`."""
+    def compute(self) -> torch.Tensor:
+        """Logits `(T, V)` of the tokens at `kept`, by calling the model."""
         model = self._model()
         assert model is not None
         wanted = {"logits_to_keep": self._kept} if self._takes_logits_to_keep else {}
         with paged_step(self._step):
             logits: torch.Tensor = model(
-                input_ids=self._input_ids,
+                input_ids=self.input_ids,
                 position_ids=self._position_ids,
                 attention_mask=self._no_mask,
                 use_cache=False,

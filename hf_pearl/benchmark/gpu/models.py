@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...decoding.chaining import LENGTHS
 from .parts import Figures
 from .rivals import ENGINE, GENERATE, STATIC, token_seconds
 from .shapes import Shape, random_model, step_weights
@@ -60,11 +61,16 @@ def measure_model(
         "bound_seconds": weight_bytes / bandwidth,
         "prompt_tokens": sizes.prompt_tokens,
         "draft_steps": [],
+        "chained_steps": [],
         "target_steps": [],
     }
     if is_draft:
         cases = [(batches[0], num) for num in sizes.guesses] + [(rows, len(rows)) for rows in batches[1:]]
         figures["draft_steps"] = [draft_steps(model, rows, num, sizes.num_steps) for rows, num in cases]
+        figures["chained_steps"] = [
+            draft_steps(model, rows, num, sizes.num_steps, LENGTHS[0])
+            for rows, num in (cases[0], cases[len(sizes.guesses) - 1])
+        ]
     for rows in batches:
         tokens = sizes.tokens if len(rows) == 1 else sizes.batch_tokens
         steps, observed = target_steps(model, rows, tokens, sizes.num_runs)

@@ -24,7 +24,7 @@ from .observing import Observed, observe
 from .parts import Figures
 from .timing import seconds_of
 
-STEPS_PER_VERDICT, MAX_STOOD = 4, 4
+LAUNCHES_PER_VERDICT, MAX_STOOD = 4, 4
 ROOM = 512  # positions behind the prompt
 
 Rows = Sequence[Sequence[int]]
@@ -45,8 +45,13 @@ def make_lane(model: PreTrainedModel) -> ModelLane:
     return ModelLane(model, cache, prefix_cache=False, graphs=make_runner(model, cache))
 
 
-def draft_steps(model: PreTrainedModel, rows: Rows, num_guesses: int, num_steps: int) -> Figures:
+def draft_steps(model: PreTrainedModel, rows: Rows, num_guesses: int, num_steps: int, per_launch: int = 1) -> Figures:
     """Draft steps over so many guesses, of one request or more: their median time, in seconds, and how many there were.
+
+    Parameters
+    ----------
+    per_launch : int
+        Steps that are launched together; the seconds are None where they cannot be.
 
     Raises
     ------
@@ -57,21 +62,30 @@ def draft_steps(model: PreTrainedModel, rows: Rows, num_guesses: int, num_steps:
     drafter = WideDrafter(
         lane, Proposer(output_vocab_size(model), LogitsProcessorList()), Calibration(), max_width=num_guesses
     )
-    verdicts = 0
+    made, verdicts = [], 0
     with lane.ready():
         for request_id, token_ids in enumerate(rows):
             drafter.handle(Admission(request_id, tuple(token_ids), len(token_ids) + ROOM, 0, None))
         while len(drafter.timeline) < num_steps and verdicts * MAX_STOOD < ROOM - MAX_STOOD:
-            for _ in range(STEPS_PER_VERDICT):
-                drafter.step()
+            for _ in range(LAUNCHES_PER_VERDICT):
+                num_before = len(drafter.timeline)
+                drafter.step(per_launch)
+                launched = drafter.timeline[num_before:]
+                made += launched if len(launched) == per_launch else []
             verdicts += 1
             for request_id in range(len(rows)):
                 drafter.handle(Verdict(request_id, verdicts, best_line(drafter.token_tree(request_id))))
-    wide = [step for step in drafter.timeline[STEPS_PER_VERDICT:] if step.num_guesses == num_guesses]
-    if not wide:
+    wide = [step for step in made[LAUNCHES_PER_VERDICT:] if step.num_guesses == num_guesses]
+    if not wide and per_launch == 1:
         raise RuntimeError(f"none of {len(drafter.timeline)} draft steps went over {num_guesses} guesses")
-    seconds = statistics.median(step.ended - step.started for step in wide)
-    return {"requests": len(rows), "guesses": num_guesses, "seconds": seconds, "num_steps": len(wide)}
+    seconds = statistics.median(step.ended - step.started for step in wide) if wide else None
+    return {
+        "requests": len(rows),
+        "guesses": num_guesses,
+        "per_launch": per_launch,
+        "seconds": seconds,
+        "num_steps": len(wide),
+    }
 
 
 def best_line(tree: TokenTree) -> tuple[int, ...]:

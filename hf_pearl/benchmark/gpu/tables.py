@@ -52,6 +52,9 @@ def _goals(saved: Figures) -> str:
 def _steps(models: dict[str, Figures]) -> Iterable[Sequence[object]]:
     for name, part in models.items():
         steps = [("draft", each["requests"], f"{each['guesses']} guesses", each) for each in part["draft_steps"]]
+        for each in part["chained_steps"]:
+            kind = f"draft, {each['per_launch']} to a launch"
+            steps.append((kind, each["requests"], f"{each['guesses']} guesses", each))
         steps += [("target", each["rows"], f"{each['tokens']} tokens a row", each) for each in part["target_steps"]]
         for kind, rows, size, each in steps:
             yield name, kind, rows, size, _ms(each["seconds"]), _times(each["seconds"], part["bound_seconds"])
