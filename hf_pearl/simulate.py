@@ -25,6 +25,7 @@ from .decoding.simulation import Costs, Learnt, simulate_run
 from .generation import pearl_generate
 from .model_devices import input_device
 from .parallel.lane import output_vocab_size
+from .parallel.rank_models import check_whole
 
 MAX_DRAFT_LENGTH = 16
 PATIENCE = 3  # draft lengths without a gain after which longer ones are not tried
@@ -90,7 +91,16 @@ def record_traces(
         0 is greedy.
     seed : int
         Of the noise that both models sample with.
+
+    Raises
+    ------
+    ValueError
+        `temperature` is negative.
+    NotImplementedError
+        A model of `launch` that is not whole in this process.
     """
+    for name, model in (("target", target), ("draft", draft)):
+        check_whole(name, model, "Load it by `from_pretrained`.")
     if temperature < 0:
         raise ValueError(f"`temperature` must be 0 (greedy) or positive, got {temperature}.")
     generate = types.MethodType(compat.original_generate(), target)
