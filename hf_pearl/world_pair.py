@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from .errors import PearlWorkerError
 from .launched_pair import LaunchedPair
 from .pair import load_model
 from .parallel.linked_draft import LinkedDraft
@@ -17,7 +18,6 @@ from .parallel.linked_server import LinkedServer
 from .parallel.rank_follower import Follower
 from .parallel.rank_lane import Leader, lead
 from .parallel.rank_models import link, stand_in
-from .parallel.rank_records import Leave
 from .parallel.rank_wire import RankModel
 from .parallel.shared_output import receive_output, share_error, share_output
 from .parallel.tensor_parallel import load_shard
@@ -72,10 +72,11 @@ class WorldPair(LaunchedPair):
             follower = Follower(part, collectives)
             self._serve = lambda: follower.follow(groups.received_operations())
             return part
-        leader = Leader(WorldRanks(groups))
+        ranks = WorldRanks(groups)
+        leader = Leader(ranks)
         part = load_shard(model.name, 0, model.size, leader.all_reduce, leader.all_gather, dtype=dtype, device=device)
         lead(part, leader)
-        self._leave = lambda: leader.ranks.send([Leave()])
+        self._leave = ranks.leave
         return part
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +95,8 @@ class WorldPair(LaunchedPair):
         try:
             output = self._lead(*args, **kwargs)
         except BaseException as error:
-            share_error(error, self._everyone)
+            if not isinstance(error, PearlWorkerError):  # Else not all are there to be told, and each notices it.
+                share_error(error, self._everyone)
             raise
         share_output(output, self._everyone)
         return output

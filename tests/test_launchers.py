@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from models import enabled_for_tiny_models, noisy_copy, random_prompts, tiny_model, tiny_tokenizer
 from test_launch import NEW_TOKENS, ROOT, RUN_SECONDS, Saved, expected_results, save, script
@@ -65,7 +66,9 @@ def run_together(
             assert process.returncode == 0, errors[-4000:]
     finally:
         for process in processes:
-            process.kill()
+            if process.poll() is None:  # Only after an error; its ranks hold its pipes.
+                for each in (*psutil.Process(process.pid).children(recursive=True), process):
+                    each.kill()
             process.communicate()
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
@@ -123,6 +126,47 @@ def test_two_hosts_share_the_ranks(launcher: str, sizes: tuple[int, int], saved:
             options += meeting
         commands.append(["-m", launcher, *options, path])
     assert run_together(commands, tmp_path) == dict.fromkeys("0123", expected_results(saved))
+
+
+STOPPED = """
+import json, os, signal
+import hf_pearl, torch
+from hf_pearl.parallel import world
+from transformers import LogitsProcessorList
+world.ANSWER_SECONDS = 3.0
+pair = hf_pearl.launch({target!r}, target_tp=2, dtype=torch.float64)
+with open(f"{folder}/pid.{{os.environ['RANK']}}", "w") as file:
+    file.write(str(os.getpid()))
+pair.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4)
+
+def tell_the_other(number):
+    with open("{folder}/pid.1") as file:
+        os.kill(int(file.read()), number)
+
+def stop(input_ids, scores):
+    tell_the_other(signal.SIGSTOP)
+    return scores
+
+try:
+    pair.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, logits_processor=LogitsProcessorList([stop]))
+    message = "no error"
+except hf_pearl.PearlWorkerError as error:
+    message = str(error)
+if os.environ["RANK"] == "0":
+    tell_the_other(signal.SIGCONT)
+with open(f"{folder}/{{os.environ['RANK']}}.json", "w") as file:
+    json.dump(message, file)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_given_up(saved: Saved, tmp_path: Path) -> None:
+    path = write_script(tmp_path, STOPPED.format(target=str(saved.folders[0]), folder=tmp_path))
+    found = run_together([["-m", TORCHRUN, "--standalone", "--nproc-per-node", "2", path]], tmp_path)
+    assert set(found) == {"0", "1"}
+    assert found["0"].startswith("target lane, forward ") and "imed out" in found["0"]
+    assert "of the target lane" in found["1"]
 
 
 PIPELINES = """
