@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -619,7 +620,9 @@ def test_workers_end_when_their_parent_is_killed(are_stopped: bool) -> None:
             for worker in workers:
                 wait_for(lambda worker=worker: is_gone(int(worker)), "the worker's end", 5.0)
         finally:
-            os.kill(int(forked), signal.SIGKILL)
+            for process in (forked, *workers):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
 
 
 SCRIPT = """
