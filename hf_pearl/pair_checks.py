@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .arguments import check_arguments
 from .cache.support import check_supported
 from .models import unwrap
+from .parallel.rank_models import check_whole
 
 MAX_PADDING = 1024  # entries by which vocabularies of one tokenizer differ at most: they are padded to multiples
 _CURE = "Pass token ids, such as `[tokenizer(text).input_ids for text in texts]`."
@@ -26,6 +27,7 @@ def checked_models(target: Any, draft: Any) -> tuple[PreTrainedModel, PreTrained
     for name, model in models.items():
         if not isinstance(model, PreTrainedModel) or not model.can_generate():
             raise TypeError(f"`{name}` must be a causal language model of transformers, got {type(model).__name__}.")
+        check_whole(name, model, "Plain `generate`, which is measured too, needs a whole one: `from_pretrained`.")
     target, draft = models.values()
     check_arguments(target, target.generation_config, {"assistant_model": draft})
     for model in models.values():

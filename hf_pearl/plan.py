@@ -19,6 +19,7 @@ from .models import unwrap
 from .parallel.footprint import Footprint
 from .parallel.placement import MIN_TOKENS, stays
 from .parallel.planner import ASSUMED_ACCEPTANCE, LanePlan, split
+from .parallel.rank_models import check_whole
 from .parallel.tensor_parallel_split import TensorParallelSplit, tensor_parallel_split
 from .parallel.topology import Device, parse_topology, present_devices
 from .tuning import Tuning
@@ -142,7 +143,7 @@ def plan(
     ValueError, TypeError
         An argument that makes no sense, a model that cannot be reached, or devices that do not hold the pair.
     NotImplementedError
-        A model that PEARL cannot run.
+        A model that PEARL cannot run, or one of `launch` that is not whole in this process.
     """
     if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
         raise TypeError(f"`num_tokens` must be an int, got {num_tokens!r}.")
@@ -178,6 +179,7 @@ def _model(argument: str, given: Any, dtype: torch.dtype | None) -> tuple[PreTra
     model = unwrap(given)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"`{argument}` must be a model of transformers, a folder or a name, got {given!r}.")
+    check_whole(argument, model, "Pass the folder or the name that it was loaded from.")
     return model, None
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from .config import PearlConfig
+from .errors import PearlWorkerError
 from .launched_pair import LaunchedPair
 from .pair import load_model
 from .parallel.linked_draft import LinkedDraft
@@ -18,7 +18,6 @@ from .parallel.linked_server import LinkedServer
 from .parallel.rank_follower import Follower
 from .parallel.rank_lane import Leader, lead
 from .parallel.rank_models import link, stand_in
-from .parallel.rank_records import Leave
 from .parallel.rank_wire import RankModel
 from .parallel.shared_output import receive_output, share_error, share_output
 from .parallel.tensor_parallel import load_shard
@@ -29,7 +28,7 @@ class WorldPair(LaunchedPair):
     """The pair on one rank. Every rank calls `generate` with the same arguments, and gets the same output.
 
     Rank 0 decodes, streams, and knows the statistics. On the others `target` and `draft` are what the rank holds of
-    them, and not for use.
+    them; `target.generate`, which pipelines call, is the pair's everywhere.
     """
 
     def __init__(self, target: RankModel, draft: RankModel | None, device: torch.device) -> None:
@@ -56,13 +55,15 @@ class WorldPair(LaunchedPair):
                 self._serve = LinkedServer(held_draft, pair_group, 0).serve
         dist.barrier(self._everyone)  # Nobody generates before all have loaded.
         super().__init__(held_target, held_draft)
+        self._decode = self.target.generate
+        self.target.generate = self.generate  # Pipelines call the model's.
 
     def _hold(self, model: RankModel, groups: LaneGroups) -> PreTrainedModel:
         """What this rank has of a model: all, a part, or none of it."""
         device, dtype = self._device, model.torch_dtype
         collectives = groups.collectives
         if collectives is None:
-            return stand_in(model)
+            return stand_in(model, self._device)
         if model.size == 1:
             return load_model(model.name, device, dtype)
         if groups.rank > 0:
@@ -71,10 +72,11 @@ class WorldPair(LaunchedPair):
             follower = Follower(part, collectives)
             self._serve = lambda: follower.follow(groups.received_operations())
             return part
-        leader = Leader(WorldRanks(groups))
+        ranks = WorldRanks(groups)
+        leader = Leader(ranks)
         part = load_shard(model.name, 0, model.size, leader.all_reduce, leader.all_gather, dtype=dtype, device=device)
         lead(part, leader)
-        self._leave = lambda: leader.ranks.send([Leave()])
+        self._leave = ranks.leave
         return part
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,17 +95,18 @@ class WorldPair(LaunchedPair):
         try:
             output = self._lead(*args, **kwargs)
         except BaseException as error:
-            share_error(error, self._everyone)
+            if not isinstance(error, PearlWorkerError):  # Else not all are there to be told, and each notices it.
+                share_error(error, self._everyone)
             raise
         share_output(output, self._everyone)
         return output
 
     def _lead(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_open()
         if self._link is not None:
             self._link.open()
         try:
-            _refuse_rejection(kwargs.get("pearl"))
-            return super().generate(*args, **kwargs)
+            return self._decode(*args, **kwargs)
         finally:
             self._leave()
             if self._link is not None:
@@ -125,14 +128,6 @@ def _check_world(target: RankModel, draft: RankModel | None) -> None:
         raise ValueError(
             f"{dist.get_world_size()} ranks run, and `target_tp` + `draft_tp` is {sizes[0]} + {sizes[1]}. "
             f"Start {sum(sizes)} (`torchrun --nproc-per-node {sum(sizes)}`), or choose other sizes."
-        )
-
-
-def _refuse_rejection(pearl: Any) -> None:
-    if isinstance(pearl, PearlConfig) and pearl.verification == "rejection":
-        raise NotImplementedError(
-            '`verification="rejection"` needs a draft that this process starts. Run the script without torchrun, or '
-            'leave `verification` at "coupled".'
         )
 
 

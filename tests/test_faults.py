@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,24 @@ def test_a_counter_that_stands_is_noticed_when_it_was_looked_at_twice() -> None:
     clock.now += heartbeat.CONFIRM_SECONDS / 2
     assert watch.stands_still(7, 5.0)
     assert not watch.stands_still(8, 5.0)
+
+
+def test_of_a_rank_only_what_it_does_while_it_is_waited_for_counts() -> None:
+    clock, control = Clock(), memoryview(array("q", [0] * heartbeat.NUM_WORDS))
+    signs = heartbeat.Signs(clock)
+
+    def missing(seconds: float, num_waits: int) -> str:
+        clock.now += seconds
+        control[heartbeat.BEATS] += 1
+        return signs.missing(control, num_waits)
+
+    assert not any(missing(0.9 * heartbeat.STUCK_SECONDS, num_waits) for num_waits in range(10))
+    assert not missing(heartbeat.STUCK_SECONDS, 9)
+    control[heartbeat.PROGRESS] += 1  # just in time
+    assert not missing(heartbeat.CONFIRM_SECONDS, 9)
+    assert not missing(heartbeat.STUCK_SECONDS, 9)
+    assert "stands still" in missing(heartbeat.CONFIRM_SECONDS, 9)
+    assert not missing(heartbeat.STUCK_SECONDS, 10)
 
 
 HANGS = {"stopped": "no sign of life", "hold": "no sign of life", "loop": "stands still", "sleep": "stands still"}

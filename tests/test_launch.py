@@ -35,7 +35,7 @@ import hf_pearl
 from hf_pearl import LaunchedPair, PearlConfig, PearlWorkerError
 from hf_pearl.benchmark.near_tie import first_difference, is_near_tie
 from hf_pearl.pair import demo_pair_folder
-from hf_pearl.parallel import shared_collectives
+from hf_pearl.parallel import heartbeat, shared_collectives
 from hf_pearl.parallel.child_ranks import ChildRanks
 from hf_pearl.parallel.rank_lane import leader_of
 
@@ -212,7 +212,16 @@ def test_what_a_part_cannot_do_is_refused(launched: LaunchedPair, saved: Saved) 
         launched.target(input_ids=torch.tensor([[1]]))
     with pytest.raises(RuntimeError, match="one of 2 parts"):
         launched.generate(**saved.inputs, pearl=False, max_new_tokens=2)
+    for act, cure in (
+        (lambda: hf_pearl.tune(launched.target, saved.draft, [[1, 2, 3]]), "from_pretrained"),
+        (lambda: hf_pearl.record_traces(launched.target, saved.draft, [[1, 2, 3]]), "from_pretrained"),
+        (lambda: hf_pearl.plan(launched.target, saved.draft), "Pass the folder or the name"),
+    ):
+        with pytest.raises(NotImplementedError, match=rf"`target` is a LlamaForCausalLM of `hf_pearl.launch`.*{cure}"):
+            act()
     with saved.launch(2, 1) as pair:
+        with pytest.raises(NotImplementedError, match=r"`draft` is a LlamaForCausalLM of `hf_pearl.launch`"):
+            hf_pearl.plan(pair.target, pair.draft)
         for execution in ("inline", "threads"):
             with pytest.raises(ValueError, match="several ranks"):
                 generate(pair, saved.inputs, PearlConfig(execution=execution))
@@ -315,24 +324,37 @@ def test_a_rank_killed_at_any_moment_costs_one_call_at_most(launched: LaunchedPa
             assert generate(launched, saved.inputs).sequences.tolist() == expected.tolist()
 
 
-@pytest.mark.slow
 def test_a_stopped_rank_is_noticed(launched: LaunchedPair, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     generate(launched, saved.inputs)
-    monkeypatch.setattr(shared_collectives, "COLLECTIVE_SECONDS", 1.0)
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 0.8)
 
     def stop() -> None:
         os.kill(ranks_of(launched).process_ids[0], signal.SIGSTOP)
 
     message = fails_and_recovers(launched, saved, stop, 3)
-    assert "rank 1 of the target lane did not come to collective" in message
+    assert message.startswith("target lane, forward ")
+    assert "rank 1 of the target lane" in message and "no sign of life" in message
+
+
+def test_a_rank_that_pauses_is_waited_for(launched: LaunchedPair, saved: Saved) -> None:
+    expected = generate(launched, saved.inputs).sequences
+    (rank,) = ranks_of(launched).process_ids
+
+    def pause() -> None:
+        os.kill(rank, signal.SIGSTOP)
+        threading.Timer(2.0, os.kill, (rank, signal.SIGCONT)).start()
+
+    output = generate(launched, saved.inputs, logits_processor=LogitsProcessorList([AtToken(3, pause)]))
+    assert output.sequences.tolist() == expected.tolist()
+    assert ranks_of(launched).process_ids == [rank]
 
 
 @pytest.mark.slow
 def test_ranks_killed_between_calls_are_started_anew(launched: LaunchedPair, saved: Saved) -> None:
     expected = generate(launched, saved.inputs).sequences
-    victim = ranks_of(launched).process_ids[0]
-    os.kill(victim, signal.SIGKILL)
-    wait_for(lambda: is_gone(victim), "its end")
+    victim = ranks_of(launched)._children[0]
+    victim.process.kill()
+    wait_for(lambda: victim.has_ended, "its end")
     with expected_warnings() as warnings:
         assert generate(launched, saved.inputs).sequences.tolist() == expected.tolist()
     assert [message for message in warnings if "exit code -9" in message]
@@ -368,25 +390,38 @@ def test_an_interrupt_does_not_wait_for_a_stopped_rank(launched: LaunchedPair, s
 
 
 @pytest.mark.slow
-def test_a_killed_rank_of_the_draft_costs_no_token(saved: Saved) -> None:
+@pytest.mark.parametrize(
+    ("victim", "act", "reason"),
+    [
+        pytest.param(1, psutil.Process.kill, "exit code -9", id="killed"),
+        pytest.param(1, psutil.Process.suspend, "rank 1 of the draft lane", id="stopped"),
+        pytest.param(0, psutil.Process.suspend, "no sign of life", id="first one stopped"),
+    ],
+)
+def test_a_lost_rank_of_the_draft_costs_no_token(
+    victim: int, act: Callable[[psutil.Process], None], reason: str, saved: Saved
+) -> None:
     expected = saved.expected().sequences
     before = set(psutil.Process().children())
     with saved.launch(2, 1) as pair:
         assert generate(pair, saved.inputs).sequences.tolist() == expected.tolist()
         (worker,) = set(psutil.Process().children()) - before
-        (follower,) = worker.children()
+        processes = (worker, *worker.children())
+        assert len(processes) == 2
 
-        def kill() -> None:
-            follower.kill()
+        def lose() -> None:
+            act(processes[victim])
 
         with expected_warnings() as warnings:
-            processors = LogitsProcessorList([AtToken(3, kill)])
+            processors = LogitsProcessorList([AtToken(3, lose)])
             output = generate(pair, saved.inputs, logits_processor=processors)
         assert output.sequences.tolist() == expected.tolist()
-        assert [message for message in warnings if "rank 1" in message and "exit code -9" in message]
+        assert len(warnings) == 1 and "The draft lane failed" in warnings[0] and reason in warnings[0], warnings
         output = generate(pair, saved.inputs)
         assert output.sequences.tolist() == expected.tolist()
         assert output.pearl.accepted_tokens > 0
+        assert is_gone(processes[victim].pid)
+        (worker,) = set(psutil.Process().children()) - before
         processes = (worker, *worker.children())
     wait_for(lambda: all(is_gone(each.pid) for each in processes), "the end of the draft's ranks", 5.0)
 
@@ -496,8 +531,13 @@ def test_it_works_in_a_notebook(saved: Saved, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "0.json").read_text()) == expected_results(saved)
 
 
-@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((2, 2), marks=pytest.mark.slow)])
-def test_ranks_do_not_outlive_a_killed_process(sizes: tuple[int, int], saved: Saved, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "are_stopped"),
+    [((1, 2), True), *(pytest.param((2, 2), are_stopped, marks=pytest.mark.slow) for are_stopped in (False, True))],
+)
+def test_ranks_do_not_outlive_a_killed_process(
+    sizes: tuple[int, int], are_stopped: bool, saved: Saved, tmp_path: Path
+) -> None:
     text = script(saved, tmp_path, *sizes, end="import time; time.sleep(1000)")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, env=environment, text=True)
@@ -506,6 +546,8 @@ def test_ranks_do_not_outlive_a_killed_process(sizes: tuple[int, int], saved: Sa
         assert any(line.startswith("done") for line in process.stdout)
         ranks = psutil.Process(process.pid).children(recursive=True)
         assert len(ranks) == sum(sizes) - 1
+        for rank in ranks if are_stopped else ():
+            rank.suspend()
     finally:
         process.kill()
         process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -569,10 +570,19 @@ def test_a_forked_copy_of_the_process_leaves_the_worker_alone(target: PreTrained
     assert worker.is_alive
 
 
-PARENT = """
-import os, time
+PARENT = '''
+import os, subprocess, sys, threading, time
 from transformers import LlamaConfig, LlamaForCausalLM
+from hf_pearl.parallel.child_process import Parent
 from hf_pearl.parallel.draft_workers import DraftWorker
+
+HELD = """
+import ctypes, sys
+from hf_pearl.parallel.child_process import Parent
+Parent(*map(int, sys.argv[1:])).bind()
+print("bound", flush=True)
+ctypes.PyDLL(None).usleep(600_000_000)  # holds the interpreter
+"""
 
 model = LlamaForCausalLM(LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4))
@@ -582,26 +592,37 @@ if not forked:
     time.sleep(600)
     os._exit(0)
 workers.append(DraftWorker(model, 8))
+thread = threading.Thread(target=lambda: workers.append(DraftWorker(model, 8)))  # which does not outlive its start
+thread.start()
+held = subprocess.Popen([sys.executable, "-c", HELD, *map(str, Parent.here())], stdout=subprocess.PIPE)
+thread.join()
+held.stdout.readline()
 are_ready = all(worker.wait_until_ready(120) for worker in workers)
-print(are_ready, forked, *(worker.process_id for worker in workers), flush=True)
+print(are_ready, forked, held.pid, *(worker.process_id for worker in workers), flush=True)
 time.sleep(600)
-"""
+'''
 
 
-def test_workers_end_when_their_parent_is_killed() -> None:
+@pytest.mark.parametrize("are_stopped", [False, True])
+def test_workers_end_when_their_parent_is_killed(are_stopped: bool) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=_environment()
     ) as parent:
         assert parent.stdout is not None
         are_ready, forked, *workers = parent.stdout.readline().split()
+        if are_stopped:
+            for worker in workers:
+                os.kill(int(worker), signal.SIGSTOP)
         parent.kill()
         parent.wait(GONE_SECONDS)
         try:
-            assert are_ready == "True" and len(workers) == 2
+            assert are_ready == "True" and len(workers) == 4
             for worker in workers:
-                wait_for(lambda worker=worker: is_gone(int(worker)), "the worker's end")
+                wait_for(lambda worker=worker: is_gone(int(worker)), "the worker's end", 5.0)
         finally:
-            os.kill(int(forked), signal.SIGKILL)
+            for process in (forked, *workers):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
 
 
 SCRIPT = """

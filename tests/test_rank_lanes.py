@@ -56,10 +56,12 @@ def enabled() -> Iterator[None]:
         yield
 
 
-def on_ranks(size: int, act: Callable[[SharedCollectives], Any]) -> list[Any]:
+def on_ranks(
+    size: int, act: Callable[[SharedCollectives], Any], on_wait: Callable[[int], None] = lambda rank: None
+) -> list[Any]:
     """What `act` returns on every rank; each runs in a thread. The first error is raised."""
     table, results = Table(size), [None] * size
-    ends = [SharedCollectives("target", rank, table.seat(rank)) for rank in range(size)]
+    ends = [SharedCollectives("target", rank, table.seat(rank), on_wait=on_wait) for rank in range(size)]
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
@@ -106,10 +108,12 @@ def test_sums_and_concatenations_are_those_of_torch(
             assert torch.equal(results[place][1], torch.cat(tensors, dim=-1)), shape
 
 
-def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_collectives, "COLLECTIVE_SECONDS", 0.3)
-    with pytest.raises(RankError, match="rank 2 of the target lane did not come to collective 1"):
-        on_ranks(3, lambda collectives: collectives.rank == 2 or collectives.all_reduce(torch.ones(1)))
+def test_who_waits_may_give_up_a_rank_that_does_not_come() -> None:
+    def give_up(rank: int) -> None:
+        raise RankError(f"rank {rank} does not come")
+
+    with pytest.raises(RankError, match="rank 2 does not come"):
+        on_ranks(3, lambda collectives: collectives.rank == 2 or collectives.all_reduce(torch.ones(1)), give_up)
 
 
 def test_a_rank_that_has_ended_is_named() -> None:

@@ -25,9 +25,11 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 import hf_pearl
 from hf_pearl import PearlConfig, SimulatedTimes, Tuning
 from hf_pearl.__main__ import main
-from hf_pearl.benchmark import Method, Setting, measurement
-from hf_pearl.benchmark.completion import Completion
+from hf_pearl.benchmark import Method, Setting, Workload, measurement
+from hf_pearl.benchmark.completion import Completion, complete
 from hf_pearl.decoding.policy import Pace
+from hf_pearl.enabling import enable_pair
+from hf_pearl.engine import PearlEngine
 from hf_pearl.registry import engine_for, engines_of
 from hf_pearl.tuning import Way, run
 from hf_pearl.tuning.forward_times import SIZES, measured_forward_times
@@ -95,6 +97,26 @@ def tuning(*ways: Way, **fields: Any) -> Tuning:
         "num_near_ties": 0,
     }
     return Tuning(tuple(merged.values()), **{**figures, **fields})
+
+
+def test_the_target_of_a_launched_pair_is_measured_like_any_other(few_methods: None) -> None:
+    target, draft = pair()
+    enable_pair(target, draft)  # as `launch` does: PEARL with this draft is its default
+    found = hf_pearl.tune(target, draft, prompts(5, 9), max_new_tokens=24)
+    assert found.way("generate").mean_accepted_tokens == 1.0
+    assert found.way("engine").drafted == 0.0 < found.way("default").drafted
+    output = target.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, return_dict_in_generate=True)
+    assert output.pearl.target_forwards == 2
+
+
+def test_plain_generate_is_plain_of_a_launched_pair_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = pair()
+    enable_pair(target, draft)
+    prompt = (torch.tensor([[1, 2, 3]]),)
+    monkeypatch.setattr(PearlEngine, "decode", None)
+    complete(Workload(target, draft, prompt, 4), Setting(), prompt)
+    with pytest.raises(TypeError):  # It is PEARL that fails now.
+        target.generate(prompt[0], max_new_tokens=4)
 
 
 def test_every_figure_of_a_real_run_is_there(few_methods: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,8 +95,8 @@ def complete(workload: Workload, setting: Setting, batch: Batch, streamer: Any =
     arguments = workload.arguments(batch) | dict(setting.arguments)
     if streamer is not None:
         arguments["streamer"] = streamer
-    if setting.uses_draft:
-        arguments["assistant_model"] = workload.draft
+    # Said also where it is the default: a target of `launch` has others.
+    arguments |= {"assistant_model": workload.draft if setting.uses_draft else None, "pearl": False}
     if setting.pearl is not None:
         arguments |= {"pearl": replace(setting.pearl, seed=workload.seed), "return_dict_in_generate": True}
     torch.manual_seed(workload.seed)

@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from typing import NamedTuple
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Parent(NamedTuple):
+    """Who starts a child process, and the signal that the system then sends to it.
+
+    The system means the *thread* that has started the child. The first thread ends with its process, and its end may
+    kill the child, even one that is stopped, or whose interpreter is held by one endless call. Another thread may end
+    before: its end only wakes a child that is stopped, so that the child can see for itself.
+
+    Attributes
+    ----------
+    process_id, death_signal : int
+        The operating system's numbers.
+    """
+
+    process_id: int
+    death_signal: int
+
+    @classmethod
+    def here(cls) -> Parent:
+        """This thread of this process."""
+        is_first = threading.get_native_id() == os.getpid()
+        return cls(os.getpid(), int(signal.SIGKILL if is_first else signal.SIGCONT))
+
+    def bind(self) -> None:
+        """Ask for the signal, in the child; whether the parent has ended before is for the child to look."""
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, self.death_signal, 0, 0, 0)
 
 
 def start_module(

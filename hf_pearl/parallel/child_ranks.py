@@ -9,14 +9,15 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from transformers.utils import logging
 
 from ..errors import PearlWorkerError
 from ..interrupts import KeptInterrupts
-from . import shared_collectives
-from .child_process import start_module
+from .child_process import Parent, start_module
 from .collectives import RankError
+from .heartbeat import Signs
 from .rank_records import Operation, encode_operations
 from .rank_wire import READY, RankModel, RankStart, send_message
 from .shared_collectives import POLL_SECONDS, SharedCollectives, Table
@@ -34,12 +35,12 @@ class _Child:
     """One rank's process, as its parent sees it."""
 
     def __init__(self, model: RankModel, rank: int, table: Table) -> None:
-        self.rank, self.is_ready = rank, False
+        self.rank, self.is_ready, self.signs = rank, False, Signs()
         self.line, other_end = socket.socketpair()
         self._log = anonymous_memory("hf_pearl_log", 0)
         seat = table.seat(rank)
         passed = [other_end.fileno(), *seat.descriptors]
-        arguments = RankStart(model, rank, os.getpid(), other_end.fileno(), seat).arguments()
+        arguments = RankStart(model, rank, Parent.here(), other_end.fileno(), seat).arguments()
         try:
             self.process = start_module(
                 "hf_pearl.parallel.rank_process", arguments, passed, self._log, model.num_threads
@@ -49,7 +50,6 @@ class _Child:
             raise
         finally:
             other_end.close()
-        self.line.settimeout(shared_collectives.COLLECTIVE_SECONDS)
 
     @property
     def has_ended(self) -> bool:
@@ -103,6 +103,7 @@ class ChildRanks:
         self._children: list[_Child] = []
         self._collectives: SharedCollectives | None = None
         self._is_closed = False
+        self._num_sent = 0
         self._start()
 
     def _start(self) -> None:
@@ -112,7 +113,7 @@ class ChildRanks:
                 self._children.append(_Child(self.model, rank, table))
             lines = {child.rank: child.line.fileno() for child in self._children}
             self._table = table
-            self._collectives = SharedCollectives(self.lane, 0, table.seat(0), lines, self._check_patience)
+            self._collectives = SharedCollectives(self.lane, 0, table.seat(0), lines, self._look_after)
         except BaseException:
             self._stop()
             table.close()
@@ -181,6 +182,15 @@ class ChildRanks:
             finally:
                 self._kept = before
 
+    def _look_after(self, rank: int) -> None:
+        """Raise `RankError` if a rank that is waited for stands still, or an interrupt has been waiting, too."""
+        self._check_patience()
+        collectives = self.collectives
+        num_waits = collectives.num_done + self._num_sent
+        missing = self._children[rank - 1].signs.missing(collectives.control(rank), num_waits)
+        if missing:
+            raise RankError(f"rank {rank} of the {self.lane} lane, before collective {collectives.num_done}: {missing}")
+
     def _check_patience(self) -> None:
         now = time.perf_counter()
         if not self._kept.has_come:
@@ -193,10 +203,11 @@ class ChildRanks:
     def send(self, operations: Sequence[Operation]) -> None:
         """Tell them; raises `RankError` where one cannot be told."""
         words = encode_operations(operations)
+        self._num_sent += 1
         for child in self._children:
             try:
-                send_message(child.line, words)
-            except OSError as error:  # a timeout is one, too
+                send_message(child.line, words, partial(self._look_after, child.rank))
+            except OSError as error:
                 raise RankError(f"rank {child.rank} of the {self.lane} lane does not listen: {error!r}") from error
 
     def failed(self, error: BaseException) -> PearlWorkerError:

@@ -1,4 +1,4 @@
-"""Signs of life of a draft lane, and how they are watched.
+"""Signs of life of a lane's processes, and how they are watched.
 
 Slow work must not be taken for a lane that stands still, so there are two signs, both of them counters:
 
@@ -8,7 +8,8 @@ Slow work must not be taken for a lane that stands still, so there are two signs
 |          |                                          | is held by one endless call                 |                  |
 | progress | layers computed, and looks for a message | an endless loop, a deadlock, a sleep        | `STUCK_SECONDS`  |
 
-The longest forward makes progress with every layer, and a lane that waits for messages looks for them all the time.
+The longest forward makes progress with every layer, and a lane that waits for messages looks for them all the time. A
+rank that follows another is only watched while that one waits for it: there, progress is layers and sums over ranks.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ import threading
 import time
 from collections.abc import Callable
 
+from .child_process import Parent
+
 LOOK_SECONDS = 0.5  # between two looks for a message, while none comes
 BEAT_SECONDS = 0.2
 SILENT_SECONDS = 5.0
 STUCK_SECONDS = 60.0
 CONFIRM_SECONDS = 1.0
 BEATS, PROGRESS = 1, 2  # places in the control words of the shared memory
+NUM_WORDS = 8  # of a rank's control words: a line of the processor's cache, which nobody else writes to
 
 
 def stands_still() -> str:
     """What is said of a lane without progress."""
-    return f"stands still: no layer computed and no message looked for in {STUCK_SECONDS:g} s"
+    return f"stands still: no layer computed, and nothing else done, in {STUCK_SECONDS:g} s"
 
 
 class Watch:
@@ -67,8 +71,42 @@ class Watch:
         return self._clock() - self._since
 
 
+class Signs:
+    """Both signs of one process, as another one watches them.
+
+    Parameters
+    ----------
+    clock : callable
+        Seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._beats, self._progress = Watch(clock), Watch(clock)
+
+    def missing(self, control: memoryview, num_waits: int = 0) -> str:
+        """Why the process is to be given up now; empty while it lives.
+
+        Parameters
+        ----------
+        control : memoryview
+            Its control words.
+        num_waits : int
+            How often it has been waited for: what it did not do before a wait is not held against it.
+        """
+        if self._beats.stands_still(control[BEATS], SILENT_SECONDS):
+            return f"no sign of life for {SILENT_SECONDS:g} s: its process is stopped, or never runs"
+        if self._progress.stands_still(control[PROGRESS] + num_waits, STUCK_SECONDS):
+            return f"it {stands_still()}"
+        return ""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether some beats have been missed: soon it beats again, or is given up."""
+        return self._beats.seconds_still > 5 * BEAT_SECONDS
+
+
 class Pulse(threading.Thread):
-    """The worker's thread that gives both signs, whatever its main thread does, and ends the worker with its parent.
+    """A worker's thread that gives both signs, whatever its main thread does, and ends the worker with its parent.
 
     Parameters
     ----------
@@ -76,8 +114,8 @@ class Pulse(threading.Thread):
         The control words of the shared memory.
     lifeline : int
         Descriptor of a socket whose other end the parent closes in the end.
-    parent : int
-        Process id of the parent: a forked child of it may hold the other end of the lifeline open.
+    parent : Parent
+        Whose end ends this process: a forked child of it may hold the other end of the lifeline open.
 
     Attributes
     ----------
@@ -85,16 +123,17 @@ class Pulse(threading.Thread):
         What has been done so far.
     """
 
-    def __init__(self, control: memoryview, lifeline: int, parent: int) -> None:
+    def __init__(self, control: memoryview, lifeline: int, parent: Parent) -> None:
         super().__init__(name="hf_pearl pulse", daemon=True)
         self.progress: Callable[[], int] = int
         self._control, self._parent = control, parent
         self._end = select.poll()
         self._end.register(lifeline, select.POLLRDHUP)
+        parent.bind()
 
     def run(self) -> None:
         """Beat until the parent has ended, or has given the worker up."""
-        while not self._end.poll(1000 * BEAT_SECONDS) and os.getppid() == self._parent:
+        while not self._end.poll(1000 * BEAT_SECONDS) and os.getppid() == self._parent.process_id:
             self._control[BEATS] += 1
             self._control[PROGRESS] = self.progress()
         os._exit(0)  # The main thread may stand still.

@@ -29,11 +29,21 @@ class ProcessDraft:
         Runs one call at a time; it may still be starting.
     begin : BeginCall
         Number and options of the call.
+
+    Raises
+    ------
+    NotImplementedError
+        `verification="rejection"` with a draft in another rank of `torchrun`.
     """
 
     concurrent = True
 
     def __init__(self, process: WorkerProcess | LinkedDraft, begin: BeginCall) -> None:
+        if begin.options.keeps_distributions and isinstance(process, LinkedDraft):
+            raise NotImplementedError(
+                '`verification="rejection"` needs the draft in this process or in one that it starts, and the draft is '
+                'in another rank. Run the script without torchrun, or leave `verification` at "coupled".'
+            )
         self._process = process
         self._call, self.max_line = begin.number, begin.options.max_line
         self._vocab_size = begin.options.vocab_size

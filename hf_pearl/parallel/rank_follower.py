@@ -28,6 +28,11 @@ class Follower:
         self._cache: PagedPrefixCache | None = None
         self._version = 0
 
+    def progress(self) -> int:
+        """Layers computed, and collectives."""
+        cache = self._cache
+        return self._collectives.num_done + (0 if cache is None else cache.statistics.computed_layers)
+
     def follow(self, operations: Iterator[Operation]) -> None:
         """Repeat what the first rank does until `operations`, which wait for it, end.
 

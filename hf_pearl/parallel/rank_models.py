@@ -12,6 +12,7 @@ from .linked_draft import LinkedDraft
 from .rank_lane import Leader, lead, leader_of
 from .rank_wire import RankModel
 from .tensor_parallel import load_shard
+from .tensor_parallel.sharding import part_of
 
 _stand_ins: weakref.WeakKeyDictionary[torch.nn.Module, RankModel] = weakref.WeakKeyDictionary()
 
@@ -40,11 +41,19 @@ def load_first_part(model: RankModel) -> PreTrainedModel:
     return part
 
 
-def stand_in(model: RankModel) -> PreTrainedModel:
-    """A model without weights for one whose parts are all elsewhere: its configuration, and a key to what is known."""
+def stand_in(model: RankModel, inputs_on: torch.device | None = None) -> PreTrainedModel:
+    """A model without weights for one whose parts are all elsewhere: its configuration, and a key to what is known.
+
+    Parameters
+    ----------
+    inputs_on : torch.device or None
+        What it says as its `device`, where pipelines over it put their inputs; None: the meta device.
+    """
     config = AutoConfig.from_pretrained(model.name)
     with torch.device("meta"):
         standing: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.torch_dtype).eval()
+    if inputs_on is not None:  # A model's device is that of its first parameter.
+        standing.register_parameter("inputs_on", torch.nn.Parameter(torch.empty(0, device=inputs_on)))
     _stand_ins[standing] = model
     return standing
 
@@ -69,3 +78,12 @@ def link_of(model: torch.nn.Module) -> LinkedDraft | None:
 def rank_model_of(model: torch.nn.Module) -> RankModel | None:
     """What a stand-in stands for; None of any other model."""
     return _stand_ins.get(model)
+
+
+def check_whole(argument: str, model: torch.nn.Module, cure: str) -> None:
+    """Raise `NotImplementedError` for a model that other ranks hold, or parts of it."""
+    if rank_model_of(model) is not None or (isinstance(model, PreTrainedModel) and part_of(model) is not None):
+        raise NotImplementedError(
+            f"`{argument}` is a {type(model).__name__} of `hf_pearl.launch` of which this process holds one part, or "
+            f"none. {cure}"
+        )

@@ -8,31 +8,17 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
-import select
 import signal
 import socket
 import sys
-import threading
 
 import torch
 
-from .heartbeat import LOOK_SECONDS
+from .heartbeat import Pulse
 from .rank_follower import Follower
 from .rank_wire import READY, RankStart, received_operations
 from .shared_collectives import SharedCollectives
 from .tensor_parallel import load_shard
-
-
-def _end_with(line: socket.socket, parent: int) -> None:
-    """End this process, whatever it does, when the first rank has closed its end of the line, or ended.
-
-    A forked copy of the first rank may hold that end open for longer.
-    """
-    poller = select.poll()
-    poller.register(line, select.POLLRDHUP)
-    while os.getppid() == parent and not poller.poll(1000 * LOOK_SECONDS):
-        pass
-    os._exit(0)
 
 
 def main() -> None:
@@ -44,8 +30,9 @@ def main() -> None:
         os.set_inheritable(each, False)
     torch.set_num_threads(start.model.num_threads)
     line = socket.socket(fileno=start.line)
-    threading.Thread(target=_end_with, args=(line, start.parent), daemon=True).start()
     collectives = SharedCollectives(start.model.lane, start.rank, start.seat)
+    pulse = Pulse(collectives.control(start.rank), start.line, start.parent)
+    pulse.start()
     model = load_shard(
         start.model.name,
         start.rank,
@@ -56,9 +43,11 @@ def main() -> None:
     )
     gc.collect()
     gc.freeze()
+    follower = Follower(model, collectives)
+    pulse.progress = follower.progress
     line.sendall(READY)
     with torch.inference_mode():
-        Follower(model, collectives).follow(received_operations(line))
+        follower.follow(received_operations(line))
 
 
 if __name__ == "__main__":

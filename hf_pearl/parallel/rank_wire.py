@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
+from .child_process import Parent
 from .rank_records import MAX_WORDS, Leave, Operation, decode_operations
 from .records import MalformedRecordError
-from .shared_collectives import Seat
+from .shared_collectives import POLL_SECONDS, Seat
 
 READY = b"r"
 HEAD = struct.Struct("<q")  # words of the message that follows
@@ -51,11 +53,11 @@ class RankModel(NamedTuple):
 
 
 class RankStart(NamedTuple):
-    """What a rank is told at its start: the lane's model, its number, its parent's process id, its line, its seat."""
+    """What a rank is told at its start: the lane's model, its number, its parent, its line, its seat."""
 
     model: RankModel
     rank: int
-    parent: int
+    parent: Parent
     line: int
     seat: Seat
 
@@ -69,12 +71,20 @@ class RankStart(NamedTuple):
         """It out of a command's arguments."""
         model, (rank, parent, line, memory), arrivals, posts = map(json.loads, arguments)
         semaphores = ({int(other): each for other, each in named.items()} for named in (arrivals, posts))
-        return cls(RankModel(*model), rank, parent, line, Seat(memory, *semaphores))
+        return cls(RankModel(*model), rank, Parent(*parent), line, Seat(memory, *semaphores))
 
 
-def send_message(line: socket.socket, words: Sequence[int]) -> None:
-    """Send a message of the first rank down a line."""
-    line.sendall(HEAD.pack(len(words)) + array("q", words).tobytes())
+def send_message(line: socket.socket, words: Sequence[int], on_wait: Callable[[], None]) -> None:
+    """Send a message of the first rank down a line; `on_wait`, which may raise, is called while there is no room."""
+    content = memoryview(HEAD.pack(len(words)) + array("q", words).tobytes())
+    poller = select.poll()
+    poller.register(line, select.POLLOUT)
+    while content:
+        try:
+            content = content[line.send(content, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            if not poller.poll(1000 * POLL_SECONDS):
+                on_wait()
 
 
 def received_operations(line: socket.socket) -> Iterator[Operation]:

@@ -10,17 +10,16 @@ import math
 import mmap
 import os
 import select
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 
+from . import heartbeat
 from .collectives import RankError
 from .shared_memory import anonymous_memory
 
-COLLECTIVE_SECONDS = 30.0  # until a rank that runs, and is still not there, counts as hung
 POLL_SECONDS = 0.1
 SLOT_BYTES = 2**22  # of a tensor, at a time; pages are taken when they are first written to
 HAS_EVENTS = hasattr(os, "eventfd") and hasattr(os, "memfd_create") and hasattr(select, "POLLRDHUP")
@@ -44,7 +43,7 @@ class Table:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._descriptors = [anonymous_memory("hf_pearl_ranks", 2 * size * SLOT_BYTES)]
+        self._descriptors = [anonymous_memory("hf_pearl_ranks", _num_bytes(size))]
         self._semaphores: dict[tuple[int, int], int] = {}  # (from, to)
         try:
             for pair in ((source, to) for source in range(size) for to in range(size) if source != to):
@@ -85,7 +84,8 @@ class SharedCollectives:
     lines : mapping of int to int
         Ranks whose end shows as a hang-up of a descriptor.
     on_wait : callable
-        Called every tenth of a second while a rank is waited for; may raise.
+        Called with a rank every tenth of a second while it is waited for; ends the wait by an exception. Who has none,
+        and so waits for as long as it lives, must end with a rank that has one.
     """
 
     def __init__(
@@ -94,12 +94,13 @@ class SharedCollectives:
         rank: int,
         seat: Seat,
         lines: Mapping[int, int] | None = None,
-        on_wait: Callable[[], None] = lambda: None,
+        on_wait: Callable[[int], None] = lambda rank: None,
     ) -> None:
         self.rank, self.size, self.num_done = rank, len(seat.arrivals) + 1, 0
         self._lane, self._seat, self._on_wait = lane, seat, on_wait
         self._lines = {descriptor: rank for rank, descriptor in (lines or {}).items()}
-        self._memory = mmap.mmap(seat.memory, 2 * self.size * SLOT_BYTES)
+        self._memory = mmap.mmap(seat.memory, _num_bytes(self.size))
+        self._words = memoryview(self._memory)[2 * self.size * SLOT_BYTES :].cast("q")
         self._slots = [
             [
                 torch.frombuffer(self._memory, dtype=torch.uint8, count=SLOT_BYTES, offset=place * SLOT_BYTES)
@@ -111,8 +112,13 @@ class SharedCollectives:
     def close(self) -> None:
         """Unmap the memory."""
         self._slots = []
+        self._words.release()
         with suppress(BufferError):  # A tensor that is still being read keeps it for as long.
             self._memory.close()
+
+    def control(self, rank: int) -> memoryview:
+        """A rank's control words, where it gives signs of life."""
+        return self._words[rank * heartbeat.NUM_WORDS : (rank + 1) * heartbeat.NUM_WORDS]
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's tensor, with the same bits on every rank."""
@@ -158,7 +164,6 @@ class SharedCollectives:
         poller.register(arrival, select.POLLIN)
         for line in self._lines:
             poller.register(line, select.POLLRDHUP)
-        deadline = time.perf_counter() + COLLECTIVE_SECONDS
         while True:
             events = poller.poll(1000 * POLL_SECONDS)
             if _take(arrival):
@@ -166,12 +171,12 @@ class SharedCollectives:
             ended = [self._lines[line] for line, _ in events if line in self._lines]
             if ended:
                 raise RankError(f"rank {ended[0]} of the {self._lane} lane has ended, in collective {self.num_done}")
-            if time.perf_counter() > deadline:
-                raise RankError(
-                    f"rank {rank} of the {self._lane} lane did not come to collective {self.num_done} within "
-                    f"{COLLECTIVE_SECONDS:.0f} s: it stands still, or computes for ever"
-                )
-            self._on_wait()
+            self._on_wait(rank)
+
+
+def _num_bytes(size: int) -> int:
+    """Of the shared memory: two sets of slots, then every rank's control words."""
+    return 2 * size * SLOT_BYTES + 8 * size * heartbeat.NUM_WORDS
 
 
 def _take(semaphore: int) -> bool:

@@ -1,7 +1,7 @@
 """The draft worker: `python -m hf_pearl.parallel.worker`, started by `worker_process.WorkerProcess`.
 
 It builds the draft model on the weights in shared memory, and then drafts for one call after the other. Its private
-descriptors are its arguments. It ends when it is told to, and when its parent ends.
+descriptors are its descriptors. It ends when it is told to, and when its parent ends.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import NamedTuple, TextIO
 import torch
 
 from . import records
+from .child_process import Parent
 from .draft_boxes import Inbox, Outbox, ToldToQuit
 from .draft_server import DraftServer
 from .heartbeat import Pulse
@@ -28,10 +29,9 @@ from .shared_memory import Channel
 from .shipping import build
 
 
-class Arguments(NamedTuple):
-    """What the worker is started with: the parent's process id, and descriptors."""
+class Descriptors(NamedTuple):
+    """What the worker inherits."""
 
-    parent: int
     shipment: int
     weights: int
     channel: int
@@ -44,21 +44,20 @@ class Arguments(NamedTuple):
 def main() -> None:
     """Build the model, then serve. An error before the first call goes to standard error, which the parent reads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    num_descriptors = len(Arguments._fields)
-    arguments = Arguments(*map(int, sys.argv[1 : 1 + num_descriptors]))
-    more = sys.argv[1 + num_descriptors :]
-    num_threads, cores = int(more[0]), [int(core) for core in more[1].split(",") if core]
-    for descriptor in arguments[1:]:
+    *numbers, listed = sys.argv[1:]
+    parent, death_signal, num_threads, *inherited = map(int, numbers)
+    descriptors, cores = Descriptors(*inherited), [int(core) for core in listed.split(",") if core]
+    for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
     if cores:
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(num_threads)
-    channel, lifeline = Channel(arguments.channel), socket.socket(fileno=arguments.lifeline)
-    pulse = Pulse(channel.control, arguments.lifeline, arguments.parent)
+    channel, lifeline = Channel(descriptors.channel), socket.socket(fileno=descriptors.lifeline)
+    pulse = Pulse(channel.control, descriptors.lifeline, Parent(parent, death_signal))
     pulse.start()
-    with open(arguments.shipment, "rb") as file:
+    with open(descriptors.shipment, "rb") as file:
         shipment = pickle.load(file)
-    model = build(shipment, arguments.weights)
+    model = build(shipment, descriptors.weights)
     if not lifeline.recv(1):  # The weights are there; or the parent has gone.
         return
     gc.collect()
@@ -67,10 +66,10 @@ def main() -> None:
     try:
 
         def wake() -> None:
-            os.eventfd_write(arguments.to_engine, 1)
+            os.eventfd_write(descriptors.to_engine, 1)
 
-        inbox = Inbox(channel, arguments.to_worker)
-        server = DraftServer(model, inbox, lambda call: Outbox(channel, wake, call), arguments.distributions)
+        inbox = Inbox(channel, descriptors.to_worker)
+        server = DraftServer(model, inbox, lambda call: Outbox(channel, wake, call), descriptors.distributions)
         pulse.progress = server.progress
         channel.status.write(records.encode_status(Status(0, True, 0, 0, 0, 0, 0.0)))
         wake()

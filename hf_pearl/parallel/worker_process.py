@@ -15,7 +15,7 @@ from contextlib import suppress
 import torch
 
 from . import heartbeat
-from .child_process import start_module
+from .child_process import Parent, start_module
 from .records import MalformedRecordError, Message, Quit, Status, decode_status, encode_message
 from .shared_memory import Channel, RingWriter, anonymous_memory
 from .shipping import Shipment, copy_weights
@@ -50,7 +50,7 @@ class WorkerProcess:
         self._is_lost = False
         self._status: tuple[bytes, Status] | None = None
         self._started = time.perf_counter()
-        self._beats, self._progress = heartbeat.Watch(), heartbeat.Watch()
+        self._signs = heartbeat.Signs()
         try:
             self._open(shipment)
             self._process = self._start(num_threads, cores)
@@ -82,7 +82,7 @@ class WorkerProcess:
         self._lifeline, other_end = socket.socketpair()
         names = ("shipment", "weights", "channel", "distributions", "to_worker", "to_engine")
         passed = [*(self._descriptors[name] for name in names), other_end.fileno()]
-        arguments = [os.getpid(), *passed, num_threads, ",".join(map(str, cores))]
+        arguments = [*Parent.here(), num_threads, *passed, ",".join(map(str, cores))]
         try:
             return start_module("hf_pearl.parallel.worker", arguments, passed, self._descriptors["log"], num_threads)
         except BaseException:
@@ -124,15 +124,13 @@ class WorkerProcess:
         if not self.is_ready:
             if time.perf_counter() - self._started > START_SECONDS:
                 self.give_up(f"it was not ready within {START_SECONDS:.0f} s")
-        elif self._beats.stands_still(control[heartbeat.BEATS], heartbeat.SILENT_SECONDS):
-            self.give_up(f"no sign of life for {heartbeat.SILENT_SECONDS:g} s: its process is stopped, or never runs")
-        elif self._progress.stands_still(control[heartbeat.PROGRESS], heartbeat.STUCK_SECONDS):
-            self.give_up(f"it {heartbeat.stands_still()}")
+        elif missing := self._signs.missing(control):
+            self.give_up(missing)
 
     @property
     def is_silent(self) -> bool:
         """Whether it has missed some beats: soon it beats again, or is given up."""
-        return self._beats.seconds_still > 5 * heartbeat.BEAT_SECONDS
+        return self._signs.is_silent
 
     @property
     def is_ready(self) -> bool:

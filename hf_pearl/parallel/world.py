@@ -10,6 +10,7 @@ import os
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from ..interrupts import KeptInterrupts
 from .collectives import GroupCollectives, RankError
 from .rank_records import MAX_WORDS, Leave, Operation, decode_operations, encode_operations
 from .records import MalformedRecordError
+
+ANSWER_SECONDS = 300.0  # until a rank that does not listen, or does not come to a sum, counts as lost
 
 
 def in_world() -> bool:
@@ -42,15 +45,20 @@ class LaneGroups:
     def __init__(self, lane: str, first: int, size: int) -> None:
         ranks = list(range(first, first + size))
         self.lane, self.first, self.size = lane, first, size
-        sums, self.words = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")
+        sums = dist.new_group(ranks, timeout=timedelta(seconds=ANSWER_SECONDS))
+        self.words = dist.new_group(ranks, backend="gloo")  # Its waits may be as long as a call is away.
         self.is_member = dist.get_rank() in ranks
         self.rank = dist.get_rank() - first
         self.collectives = GroupCollectives(sums, lane) if self.is_member else None
 
     def received_operations(self) -> Iterator[Operation]:
-        """What the first rank says, until it leaves."""
+        """What the first rank says, until it leaves; raises `RankError` where it says nothing any more."""
         while True:
-            for operation in decode_operations(broadcast_words(None, self.first, self.words)):
+            try:
+                words = broadcast_words(None, self.first, self.words)
+            except RuntimeError as error:
+                raise RankError(f"rank 0 of the {self.lane} lane does not speak: {error}") from error
+            for operation in decode_operations(words):
                 if isinstance(operation, Leave):
                     return
                 yield operation
@@ -82,6 +90,11 @@ class WorldRanks:
         except RuntimeError as error:
             raise RankError(f"a rank of the {self.lane} lane does not listen: {error}") from error
 
+    def leave(self) -> None:
+        """Let them leave a call of `generate`, unless they were given up: one that stands still would not hear it."""
+        if not self._failure:
+            self.send([Leave()])
+
     def failed(self, error: BaseException) -> PearlWorkerError:
         """Give them up; say what is known of the reason."""
         self._failure = str(error)
@@ -93,11 +106,15 @@ class WorldRanks:
 
 def broadcast_words(words: Sequence[int] | None, source: int, group: dist.ProcessGroup) -> array[int]:
     """Send words from the rank `source` of the world, which has some, to all others of a group, which have None."""
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = dist.get_group_rank(group, source), 0
+    if words is not None:  # Who waits for words may do so for long; they are heard at once, or never.
+        options.timeout = timedelta(seconds=ANSWER_SECONDS)
     count = torch.tensor([0 if words is None else len(words)])
-    dist.broadcast(count, source, group)
+    group.broadcast([count], options).wait()
     content = torch.tensor(words if words is not None else [0] * _checked(count), dtype=torch.int64)
     if len(content):
-        dist.broadcast(content, source, group)
+        group.broadcast([content], options).wait()
     return array("q", content.tolist())
 
 
