@@ -15,11 +15,11 @@ from .decoding.stats import PearlStats
 from .enabling import disable, enable
 from .errors import PearlError, PearlOutOfBlocksError, PearlUnsupportedModelError, PearlWorkerError
 from .generation import PearlGenerationMixin
-from .launched_pair import LaunchedPair
-from .launching import launch
+from .launching.launch import launch
+from .launching.launched_pair import LaunchedPair
 from .outputs import PearlGenerateOutput
 from .pair import load_demo_pair
-from .plan import Plan, plan
+from .planning.plan import Plan, plan
 from .registry import clear_cache, release
 from .simulate import SimulatedTimes, Trace, record_traces, simulate
 from .smollm2 import load_smollm2_pair

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 
 from transformers.utils import logging
 
-from . import __version__, bench, demo, plan_command, tune_command
-from .command_line import UsageError
+from . import __version__
+from .commands import bench, demo
+from .commands import plan as plan_command
+from .commands import tune as tune_command
+from .commands.command_line import UsageError
 
 # Every command is a module with `add_arguments(parser)` and `run(args) -> exit status`; its docstring is its help.
 COMMANDS = {"demo": demo, "bench": bench, "tune": tune_command, "plan": plan_command}

@@ -35,16 +35,16 @@ from .interrupts import KeptInterrupts
 from .learnt import Learnt, Runner
 from .model_devices import input_device
 from .parallel.cores import SharedCores, leaving_cores
-from .parallel.cuda_graphs import LaneGraphs
-from .parallel.draft_workers import DraftWorkers, Execution, for_hooks
+from .parallel.graphs.cuda_graphs import LaneGraphs
 from .parallel.inline import InlineDraft
 from .parallel.lane import output_vocab_size
 from .parallel.memory import cache_share
 from .parallel.probe import check_computed
-from .parallel.rank_lane import Lane, assemble_ranks, new_cache, new_lane, num_ranks
+from .parallel.ranks.lane import Lane, assemble_ranks, new_cache, new_lane, num_ranks
 from .parallel.streams import on_lane_stream
 from .parallel.tensor_parallel import num_key_value_heads
 from .parallel.threads import ThreadDraft
+from .parallel.workers.draft_workers import DraftWorkers, Execution, for_hooks
 
 logger = logging.get_logger(__name__)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .arguments import check_arguments
 from .cache.support import check_supported
 from .models import unwrap
-from .parallel.rank_models import check_whole
+from .parallel.ranks.models import check_whole
 
 MAX_PADDING = 1024  # entries by which vocabularies of one tokenizer differ at most: they are padded to multiples
 _CURE = "Pass token ids, such as `[tokenizer(text).input_ids for text in texts]`."

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_pearl.cache import kernels, torch_kernels
-from hf_pearl.parallel import cuda_graphs
-from hf_pearl.parallel.graph_capture import Captured, RerunCapture, Run
+from hf_pearl.parallel.graphs import cuda_graphs
+from hf_pearl.parallel.graphs.capture import Captured, RerunCapture, Run
 
 
 class OutsideAddresses(TorchDispatchMode):

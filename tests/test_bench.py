@@ -16,16 +16,17 @@ from models import command_in_process, noisy_copy, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 import hf_pearl
-from hf_pearl import PearlConfig, bench
+from hf_pearl import PearlConfig
 from hf_pearl.__main__ import main
 from hf_pearl.benchmark import BENCH, Completion, Method, Workload, complete, measurement, near_tie, plot
 from hf_pearl.benchmark.fill_in import filled_in
 from hf_pearl.benchmark.grid_tables import summary_table, workload_table
 from hf_pearl.benchmark.measurement import WARM_UP, measure, num_calls
 from hf_pearl.benchmark.methods import COLD, OneLine, Setting, WithoutLookup
+from hf_pearl.commands import bench
 from hf_pearl.decoding.noise import request_seed
-from hf_pearl.parallel.records import BeginCall, Message
-from hf_pearl.parallel.worker_process import WorkerProcess
+from hf_pearl.parallel.workers.records import BeginCall, Message
+from hf_pearl.parallel.workers.worker_process import WorkerProcess
 from hf_pearl.registry import engines_of
 
 END_ID = 7

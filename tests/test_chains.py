@@ -47,9 +47,9 @@ from hf_pearl.decoding.drafting import Drafter
 from hf_pearl.decoding.messages import Admission, Removal, TokenTree, Verdict
 from hf_pearl.decoding.noise import NoiseSource, gumbel_noise, noise_of_rows
 from hf_pearl.decoding.proposal import Prefix, Proposer
-from hf_pearl.parallel import cuda_graphs
-from hf_pearl.parallel.cuda_graphs import GraphRunner
-from hf_pearl.parallel.graph_capture import Capture, CudaCapture, RerunCapture
+from hf_pearl.parallel.graphs import cuda_graphs
+from hf_pearl.parallel.graphs.capture import Capture, CudaCapture, RerunCapture
+from hf_pearl.parallel.graphs.cuda_graphs import GraphRunner
 from hf_pearl.parallel.lane import ModelLane
 from hf_pearl.parallel.packed_windows import PackedWindows, chained
 from hf_pearl.registry import engines_of

@@ -11,7 +11,7 @@ from models import enabled_for_tiny_models
 import hf_pearl
 from hf_pearl import PearlConfig
 from hf_pearl.cache.sizing import DEFAULT_BLOCK_SIZE
-from hf_pearl.parallel.draft_workers import DraftWorker
+from hf_pearl.parallel.workers.draft_workers import DraftWorker
 from hf_pearl.registry import engine_for
 
 TURNS = (

@@ -31,11 +31,11 @@ from hf_pearl.cache import PagedPrefixCache
 from hf_pearl.cache.block_pool import BlockPool
 from hf_pearl.cache.step_tables import Bounds, Limits
 from hf_pearl.decoding.messages import Branches, Window
-from hf_pearl.parallel import cuda_graphs
-from hf_pearl.parallel.cuda_graphs import GraphRunner
-from hf_pearl.parallel.graph_buckets import NUM_TOKENS, bucket_of, largest_like, limits_of
-from hf_pearl.parallel.graph_capture import CudaCapture, capture_for
-from hf_pearl.parallel.graph_obstacles import obstacle_to_capture
+from hf_pearl.parallel.graphs import cuda_graphs
+from hf_pearl.parallel.graphs.buckets import NUM_TOKENS, bucket_of, largest_like, limits_of
+from hf_pearl.parallel.graphs.capture import CudaCapture, capture_for
+from hf_pearl.parallel.graphs.cuda_graphs import GraphRunner
+from hf_pearl.parallel.graphs.obstacles import obstacle_to_capture
 from hf_pearl.parallel.lane import ModelLane
 from hf_pearl.registry import engines_of
 

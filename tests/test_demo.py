@@ -23,7 +23,7 @@ from hf_pearl.__main__ import main
 from hf_pearl.benchmark import DEMO, Workload, complete, first_difference, is_near_tie
 from hf_pearl.benchmark.methods import SEQUENTIAL, Setting
 from hf_pearl.benchmark.near_tie import window_logits
-from hf_pearl.command_line import add_workload_options, load_prompts, read_prompts
+from hf_pearl.commands.command_line import add_workload_options, load_prompts, read_prompts
 from hf_pearl.streaming import DRAFTED, PLAIN, VerifiedStreamer
 
 TIMEOUT = 240.0

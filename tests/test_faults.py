@@ -33,10 +33,10 @@ from hf_pearl import PearlConfig
 from hf_pearl.engine import PearlEngine
 from hf_pearl.interrupts import KeptInterrupts
 from hf_pearl.parallel import heartbeat
-from hf_pearl.parallel.draft_workers import MAX_FAILURES, DraftWorker
 from hf_pearl.parallel.inline import InlineDraft
 from hf_pearl.parallel.processes import ProcessDraft
 from hf_pearl.parallel.threads import ThreadDraft
+from hf_pearl.parallel.workers.draft_workers import MAX_FAILURES, DraftWorker
 from hf_pearl.registry import engine_for
 
 TESTS = Path(__file__).resolve().parent

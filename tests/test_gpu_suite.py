@@ -25,8 +25,8 @@ from hf_pearl.benchmark.gpu.steps import best_line, draft_steps, random_rows
 from hf_pearl.benchmark.gpu.suite import gpu_parts, measure_gpu
 from hf_pearl.cache import backends, torch_kernels
 from hf_pearl.decoding.messages import TokenTree
-from hf_pearl.parallel import cuda_graphs
-from hf_pearl.parallel.graph_capture import RerunCapture
+from hf_pearl.parallel.graphs import cuda_graphs
+from hf_pearl.parallel.graphs.capture import RerunCapture
 
 CPU = torch.device("cpu")
 ALL_PARTS = [

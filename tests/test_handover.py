@@ -9,11 +9,11 @@ import pytest
 import torch
 from models import enabled_for_tiny_models, noisy_copy, tiny_model, tiny_tokenizer
 
-from hf_pearl import bench
 from hf_pearl.__main__ import main
 from hf_pearl.benchmark import handover_suite
 from hf_pearl.benchmark.fill_in import filled_in
 from hf_pearl.benchmark.handover_table import handover_table
+from hf_pearl.commands import bench
 
 
 def saved_pair(folder: Path) -> list[str]:

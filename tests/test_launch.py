@@ -35,9 +35,10 @@ import hf_pearl
 from hf_pearl import LaunchedPair, PearlConfig, PearlWorkerError
 from hf_pearl.benchmark.near_tie import first_difference, is_near_tie
 from hf_pearl.pair import demo_pair_folder
-from hf_pearl.parallel import heartbeat, shared_collectives
-from hf_pearl.parallel.child_ranks import ChildRanks
-from hf_pearl.parallel.rank_lane import leader_of
+from hf_pearl.parallel import heartbeat
+from hf_pearl.parallel.ranks import shared_collectives
+from hf_pearl.parallel.ranks.child_ranks import ChildRanks
+from hf_pearl.parallel.ranks.lane import leader_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKSTEP = PearlConfig(draft_length=4, seed=7)  # waits for the draft, whose guesses then depend on no time

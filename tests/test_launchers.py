@@ -20,7 +20,7 @@ from test_launch import NEW_TOKENS, ROOT, RUN_SECONDS, Saved, expected_results, 
 from transformers import pipeline
 
 import hf_pearl
-from hf_pearl.parallel import shared_collectives
+from hf_pearl.parallel.ranks import shared_collectives
 
 TORCHRUN = "torch.distributed.run"
 ACCELERATE = "accelerate.commands.launch"

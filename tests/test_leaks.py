@@ -113,7 +113,7 @@ def resident_memory() -> int:
 
 def workers() -> list[psutil.Process]:
     """The draft lanes' processes."""
-    return [child for child in psutil.Process().children() if "hf_pearl.parallel.worker" in child.cmdline()]
+    return [child for child in psutil.Process().children() if "hf_pearl.parallel.workers.worker" in child.cmdline()]
 
 
 def slope(values: list[int], distance: int) -> float:

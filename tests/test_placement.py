@@ -37,7 +37,7 @@ from hf_pearl.fingerprint import fingerprint
 from hf_pearl.model_devices import devices_of, input_device, is_offloaded, layer_devices
 from hf_pearl.parallel import placement
 from hf_pearl.parallel.placement import automatic_devices, layers_to_devices, why_fixed
-from hf_pearl.parallel.topology import Device
+from hf_pearl.planning.topology import Device
 
 GIB = 2**30
 CPU = torch.device("cpu")

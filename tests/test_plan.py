@@ -22,11 +22,11 @@ import hf_pearl
 from hf_pearl import PearlConfig, load_demo_pair
 from hf_pearl.__main__ import main
 from hf_pearl.pair import demo_pair_folder
-from hf_pearl.parallel.footprint import Footprint
-from hf_pearl.parallel.planner import split
-from hf_pearl.parallel.tensor_parallel_split import tensor_parallel_split
-from hf_pearl.parallel.topology import Device, parse_topology, present_devices
-from hf_pearl.plan import Plan, plan
+from hf_pearl.planning.footprint import Footprint
+from hf_pearl.planning.plan import Plan, plan
+from hf_pearl.planning.planner import split
+from hf_pearl.planning.tensor_parallel_split import tensor_parallel_split
+from hf_pearl.planning.topology import Device, parse_topology, present_devices
 
 GIB = 2**30
 DEMO = demo_pair_folder()

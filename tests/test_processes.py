@@ -43,13 +43,13 @@ from hf_pearl import PearlConfig
 from hf_pearl.cache.backends import BACKENDS
 from hf_pearl.decoding.drafting import MAX_WIDTH
 from hf_pearl.decoding.messages import Admission, Grant, Removal, TokenTree, Verdict
-from hf_pearl.parallel import records, shared_memory
 from hf_pearl.parallel.cores import available_cores
-from hf_pearl.parallel.draft_workers import DraftWorker
-from hf_pearl.parallel.processor_specs import decode_processors, encode_processors
-from hf_pearl.parallel.records import MalformedRecordError
-from hf_pearl.parallel.shared_memory import Channel, RingReader, RingWriter, SequencedRecord, anonymous_memory
-from hf_pearl.parallel.shipping import build, can_ship, copy_weights, pack
+from hf_pearl.parallel.workers import records, shared_memory
+from hf_pearl.parallel.workers.draft_workers import DraftWorker
+from hf_pearl.parallel.workers.processor_specs import decode_processors, encode_processors
+from hf_pearl.parallel.workers.records import MalformedRecordError
+from hf_pearl.parallel.workers.shared_memory import Channel, RingReader, RingWriter, SequencedRecord, anonymous_memory
+from hf_pearl.parallel.workers.shipping import build, can_ship, copy_weights, pack
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 120.0

@@ -24,12 +24,12 @@ from hf_pearl.cache.block_pool import BlockPool
 from hf_pearl.decoding.messages import Branches, Window
 from hf_pearl.errors import PearlOutOfBlocksError, PearlWorkerError
 from hf_pearl.interrupts import KeptInterrupts
-from hf_pearl.parallel import draft_frames, records, shared_collectives
-from hf_pearl.parallel.collectives import RankError
 from hf_pearl.parallel.lane import ModelLane
-from hf_pearl.parallel.rank_follower import Follower
-from hf_pearl.parallel.rank_lane import Leader, LeadingLane, lead, new_cache, new_lane
-from hf_pearl.parallel.rank_records import (
+from hf_pearl.parallel.ranks import draft_frames, shared_collectives
+from hf_pearl.parallel.ranks.collectives import RankError
+from hf_pearl.parallel.ranks.follower import Follower
+from hf_pearl.parallel.ranks.lane import Leader, LeadingLane, lead, new_cache, new_lane
+from hf_pearl.parallel.ranks.records import (
     Admit,
     Begin,
     End,
@@ -43,9 +43,10 @@ from hf_pearl.parallel.rank_records import (
     decode_operations,
     encode_operations,
 )
-from hf_pearl.parallel.records import MalformedRecordError
-from hf_pearl.parallel.shared_collectives import SharedCollectives, Table
+from hf_pearl.parallel.ranks.shared_collectives import SharedCollectives, Table
 from hf_pearl.parallel.tensor_parallel import shard
+from hf_pearl.parallel.workers import records
+from hf_pearl.parallel.workers.records import MalformedRecordError
 
 pytestmark = pytest.mark.skipif(not shared_collectives.HAS_EVENTS, reason="ranks need Linux (memfd, eventfd)")
 

@@ -25,13 +25,13 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 import hf_pearl
 from hf_pearl import PearlConfig
 from hf_pearl.decoding.messages import MAX_TREE_TOKENS, Admission, TokenTree, Verdict
-from hf_pearl.parallel import records, shared_memory
-from hf_pearl.parallel.draft_workers import DraftWorker
-from hf_pearl.parallel.processor_specs import decode_processors
-from hf_pearl.parallel.records import MalformedRecordError
-from hf_pearl.parallel.shared_distributions import SharedDistributions
-from hf_pearl.parallel.shared_memory import NUM_SLOTS, Channel, RingReader, RingWriter
-from hf_pearl.parallel.shipping import can_ship
+from hf_pearl.parallel.workers import records, shared_memory
+from hf_pearl.parallel.workers.draft_workers import DraftWorker
+from hf_pearl.parallel.workers.processor_specs import decode_processors
+from hf_pearl.parallel.workers.records import MalformedRecordError
+from hf_pearl.parallel.workers.shared_distributions import SharedDistributions
+from hf_pearl.parallel.workers.shared_memory import NUM_SLOTS, Channel, RingReader, RingWriter
+from hf_pearl.parallel.workers.shipping import can_ship
 from hf_pearl.registry import engine_for
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from models import enabled_for_tiny_models, noisy_copy, tiny_model
 
 import hf_pearl
 from hf_pearl import PearlConfig
-from hf_pearl.command_line import PROMPTS, read_prompts
+from hf_pearl.commands.command_line import PROMPTS, read_prompts
 from hf_pearl.decoding.drafting import MAX_LINE
 from hf_pearl.decoding.recorded import TracedGuess
 from hf_pearl.decoding.simulation import Costs, Learnt, simulate_run

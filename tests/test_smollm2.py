@@ -31,8 +31,8 @@ from hf_pearl import PearlConfig, smollm2
 from hf_pearl.__main__ import main
 from hf_pearl.benchmark import first_difference, is_near_tie
 from hf_pearl.borrowed_embeddings import WEIGHTS, BorrowingLlama, first_draft, load_draft, save_draft
-from hf_pearl.command_line import read_prompts
-from hf_pearl.parallel.shipping import build, can_ship, copy_weights, pack
+from hf_pearl.commands.command_line import read_prompts
+from hf_pearl.parallel.workers.shipping import build, can_ship, copy_weights, pack
 
 NUM_GUESSED = 48  # of 64
 

@@ -24,10 +24,10 @@ from ..decoding.calibration import Calibration
 from ..decoding.drafting import Drafter
 from ..decoding.messages import Admission, Verdict
 from ..decoding.proposal import Proposer
-from ..parallel.draft_workers import DraftWorker
 from ..parallel.lane import ModelLane, output_vocab_size
 from ..parallel.processes import ProcessDraft
 from ..parallel.threads import ThreadDraft
+from ..parallel.workers.draft_workers import DraftWorker
 from .methods import COLD, GENERATE, Method, Setting
 
 EXECUTIONS = ("threads", "processes")

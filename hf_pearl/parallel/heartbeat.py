@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from .child_process import Parent
+from .workers.child_process import Parent
 
 LOOK_SECONDS = 0.5  # between two looks for a message, while none comes
 BEAT_SECONDS = 0.2

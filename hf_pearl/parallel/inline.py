@@ -8,7 +8,7 @@ import torch
 
 from ..decoding.drafting import Drafter
 from ..decoding.messages import Admission, DraftReport, Removal, TokenTree, Verdict
-from .rank_lane import Lane
+from .ranks.lane import Lane
 
 
 class InlineDraft:

@@ -19,7 +19,7 @@ from ..decoding.noise import NoiseRow
 from ..errors import PearlOutOfBlocksError
 from ..model_devices import computing_devices, input_device
 from ..models import all_modules
-from .cuda_graphs import GraphRunner
+from .graphs.cuda_graphs import GraphRunner
 from .inference import may_use_inference_mode
 from .packed_windows import PackedWindows, chained, pack
 from .streams import nvtx_range

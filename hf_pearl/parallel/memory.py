@@ -11,7 +11,7 @@ from ..cache.sizing import DEFAULT_BLOCK_SIZE, free_cuda_memory, memory_share
 from ..decoding.loop import MAX_TOKENS_PER_FORWARD
 from ..decoding.messages import Window
 from ..model_devices import devices_of, input_device
-from .rank_lane import new_cache, new_lane
+from .ranks.lane import new_cache, new_lane
 
 CUDA_SHARE = 0.9
 

@@ -25,9 +25,9 @@ from ..config import PearlConfig
 from ..device_arguments import named_devices, present
 from ..model_devices import devices_of, input_device, is_dispatched, is_offloaded
 from ..models import all_modules
-from .footprint import Footprint
-from .planner import gib, split
-from .topology import Device, present_devices
+from ..planning.footprint import Footprint
+from ..planning.planner import gib, split
+from ..planning.topology import Device, present_devices
 
 logger = logging.get_logger(__name__)
 

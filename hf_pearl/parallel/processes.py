@@ -9,11 +9,11 @@ import torch
 
 from ..decoding.messages import Admission, DraftReport, DraftStep, Grant, Removal, Rest, TokenTree, Verdict
 from ..errors import PearlWorkerError
-from .linked_draft import LinkedDraft
-from .records import MAX_COUNT, BeginCall, EndCall, MalformedRecordError, Message, Status, decode_tree
-from .shared_distributions import SharedDistributions
-from .shared_memory import NUM_SLOTS, TIMELINE_LENGTH
-from .worker_process import WorkerProcess
+from .ranks.linked_draft import LinkedDraft
+from .workers.records import MAX_COUNT, BeginCall, EndCall, MalformedRecordError, Message, Status, decode_tree
+from .workers.shared_distributions import SharedDistributions
+from .workers.shared_memory import NUM_SLOTS, TIMELINE_LENGTH
+from .workers.worker_process import WorkerProcess
 
 FINISH_SECONDS = 2.0  # for the report of a call, which a worker in the middle of a step sends late
 POLL_SECONDS = 0.1

@@ -14,7 +14,7 @@ from ..decoding.messages import Admission, DraftReport, Grant, Removal, Rest, To
 from ..errors import PearlWorkerError
 from . import heartbeat
 from .draft_loop import EndOfCall, run_draft_loop
-from .rank_lane import Lane
+from .ranks.lane import Lane
 from .streams import LaneStream
 
 POLL_SECONDS = 0.1

@@ -18,7 +18,7 @@ from ...decoding.drafting import Drafter
 from ...decoding.messages import Admission, TokenTree, Verdict, Window
 from ...decoding.proposal import Proposer
 from ...model_devices import input_device
-from ...parallel.cuda_graphs import make_runner
+from ...parallel.graphs.cuda_graphs import make_runner
 from ...parallel.lane import ModelLane, output_vocab_size
 from .observing import Observed, observe
 from .parts import Figures

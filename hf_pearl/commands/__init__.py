@@ -1,0 +1,1 @@
+"""`python -m hf_pearl COMMAND`: one module per command, and the options that they share."""

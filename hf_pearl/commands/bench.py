@@ -1,0 +1,251 @@
+"""Measure ways of decoding beside each other, or a part of hf_pearl beside what it stands in for, in one run.
+
+generation  transformers' ways of decoding and ours on the same prompts, in turns, each at its own best setting; what
+            each part of PEARL gives; speeds are shown of methods whose output is right
+cache       the paged cache beside transformers' `DynamicCache`: decode steps, prefill, memory, forks, block sizes
+efficiency  PEARL's default beside what its schedule would take if nothing but the two models took time
+handover    from one lane to the other and back, and the default with every execution in turns
+h200        the GPU path: steps of models of real shapes beside the bandwidth bound and beside transformers, attention,
+            a pair on one GPU, and what more GPUs would give, simulated; as much as --minutes allow
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..benchmark import BENCH, Workload, notes, table
+from ..benchmark.cache_suite import NUM_TURNS, measure_cache
+from ..benchmark.cache_table import cache_table
+from ..benchmark.efficiency_suite import measure_efficiency, num_profiles
+from ..benchmark.efficiency_table import efficiency_table
+from ..benchmark.grid_tables import summary_table, title, titled_tables
+from ..benchmark.handover_suite import METHODS, measure_handovers
+from ..benchmark.handover_table import handover_table
+from ..benchmark.heavier import heavier
+from ..benchmark.plot import MISSING, is_matplotlib_available, plot
+from ..benchmark.recording import describe_model, described, figures, measure_with_progress
+from ..enabling import disable, enable
+from ..registry import release
+from .command_line import (
+    EMBEDDED,
+    UsageError,
+    add_pair_options,
+    add_workload_options,
+    load_pair,
+    load_target,
+    make_prompts,
+    write_json,
+)
+from .gpu import add_gpu_options, run_gpu
+from .option_types import at_least_one, existing_folder, png_file, positive_int, writable_file
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--suite", choices=sorted(SUITES), default="generation", help="default: generation")
+    add_pair_options(parser)
+    for add in OPTIONS:
+        add(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; 1 where a method wrote something else than the reference, and not at a near-tie."""
+    for add, suites in OPTIONS.items():
+        parser = argparse.ArgumentParser()
+        add(parser)
+        for name, default in vars(parser.parse_args([])).items():
+            if args.suite not in suites and getattr(args, name) != default:
+                raise UsageError(f"--{name.replace('_', '-')} is an option of --suite {' and '.join(suites)}")
+    return SUITES[args.suite](args)
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """What suites can be told that decode; every combination of the lists is a measurement of its own."""
+    add_workload_options(parser, many=True)
+    group = parser.add_argument_group("measurement (--suite generation, efficiency, handover)")
+    group.add_argument(
+        "--target-cost",
+        metavar="X",
+        type=at_least_one,
+        nargs="+",
+        default=[1.0],
+        help="give the target X times its work, with the same output, to stand in for a larger one (default: 1)",
+    )
+    group.add_argument("--runs", metavar="N", type=positive_int, default=3, help="take medians of N runs (default: 3)")
+    group.add_argument("--markdown", metavar="FILE", type=writable_file, help="write the tables to FILE, too")
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """What `--suite generation` alone can be told."""
+    group = parser.add_argument_group("measurement (--suite generation)")
+    group.add_argument(
+        "--batch-size", metavar="N", type=positive_int, nargs="+", default=[1], help="prompts per call (default: 1)"
+    )
+    group.add_argument(
+        "--json-folder", metavar="FOLDER", type=existing_folder, help="write each measurement's figures to a file in it"
+    )
+    group.add_argument("--plot", metavar="FILE", type=png_file, help="draw all speed-ups (PNG); needs matplotlib")
+
+
+def run_generation(args: argparse.Namespace) -> int:
+    """Measure every combination of cost, batch size and temperature."""
+    if args.plot is not None and not is_matplotlib_available():
+        raise UsageError(f"--plot {args.plot}: {MISSING}")
+    measured = []
+    for cost, workload in _workloads(args, args.batch_size):
+        enable(workload.target)
+        try:
+            measurement = measure_with_progress(workload, BENCH, args.runs)
+        finally:
+            disable(workload.target)
+            release(workload.target)
+        measured.append({**figures(measurement), "target_cost": cost})
+        print(f"\n{title(measured[-1])}\n", table(measurement), "", *notes(measurement), sep="\n", flush=True)
+        if args.json_folder is not None:
+            write_json(args.json_folder / f"{_file_name(measured[-1])}.json", measured[-1])
+    if args.markdown is not None:
+        args.markdown.write_text(_document(measured), "utf-8")
+    if args.plot is not None:
+        plot(measured, args.plot)
+    return int(any(each["first_differences"] > each["near_ties"] for each in measured))
+
+
+def _workloads(args: argparse.Namespace, batch_sizes: Sequence[int]) -> Iterator[tuple[float, Workload]]:
+    target, draft, _ = pair = load_pair(args)
+    prompts = make_prompts(args, pair)
+    for batch_size in batch_sizes:
+        if len(prompts) % batch_size:
+            raise UsageError(f"--batch-size {batch_size}: {len(prompts)} prompts (--num-prompts) fill no whole batches")
+    print(f"target: {describe_model(target)}\ndraft:  {describe_model(draft)}")
+    for cost in args.target_cost:
+        try:
+            heavy = heavier(target, cost)
+        except NotImplementedError as error:
+            raise UsageError(f"--target-cost {cost:g}: {error}") from error
+        for temperature, batch_size in product(args.temperature, batch_sizes):
+            yield cost, Workload(heavy, draft, prompts, args.max_new_tokens, temperature, args.seed, batch_size)
+
+
+def _file_name(saved: dict[str, Any]) -> str:
+    workload = saved["workload"]
+    return f"bench-cost{saved['target_cost']:g}-temperature{workload['temperature']:g}-batch{workload['batch_size']}"
+
+
+def _document(measured: list[dict[str, Any]]) -> str:
+    return "\n\n".join([*([summary_table(measured)] if len(measured) > 1 else []), titled_tables(measured)]) + "\n"
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """What `--suite cache` alone can be told."""
+    group = parser.add_argument_group("measurement (--suite cache)")
+    group.add_argument("--threads", metavar="N", type=positive_int, help="of the CPU (default: torch's)")
+
+
+def add_steps_option(parser: argparse.ArgumentParser) -> None:
+    """Of the suites that time single steps."""
+    group = parser.add_argument_group("measurement (--suite cache, handover)")
+    group.add_argument("--steps", metavar="N", type=positive_int, default=20, help="take medians of N (default: 20)")
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Of the suites that make one file."""
+    group = parser.add_argument_group("measurement (--suite cache, efficiency, handover, h200)")
+    group.add_argument("--json", metavar="FILE", type=writable_file, help="write the figures to FILE, too")
+
+
+def run_cache(args: argparse.Namespace) -> int:
+    """Measure the paged cache."""
+    if args.draft is not None:
+        raise UsageError("--draft is an option of the suites that generate")
+    if args.pair != EMBEDDED:
+        raise UsageError(f"--pair {args.pair}: --suite cache measures a --target")
+    model, name = load_target(args)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    with tqdm(total=NUM_TURNS, desc="measuring", leave=False) as bar:
+
+        def advance(part: str) -> None:
+            bar.set_postfix_str(part)
+            bar.update()
+
+        measured = measure_cache(model, args.steps, advance)
+    measured |= {
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "num_threads": torch.get_num_threads(),
+        "num_steps": args.steps,
+        **described(model.device),
+    }
+    print(cache_table(measured))
+    if args.json is not None:
+        write_json(args.json, measured)
+    return 0
+
+
+def run_efficiency(args: argparse.Namespace) -> int:
+    """Measure how near every combination of cost and temperature comes to its ideal, a prompt at a time."""
+    measured: list[dict[str, Any]] = []
+    for cost, workload in _workloads(args, [1]):
+        enable(workload.target)
+        try:
+            with tqdm(total=num_profiles(workload, args.runs), unit="call", desc="measuring", leave=False) as bar:
+                found = measure_efficiency(workload, args.runs, bar.update)
+        finally:
+            disable(workload.target)
+            release(workload.target)
+        measured.append({"target_cost": cost, "temperature": workload.temperature, **found})
+    saved = {
+        "efficiencies": measured,
+        "num_runs": args.runs,
+        "workload": workload.as_dict(),
+        **described(workload.target.device),
+    }
+    print(efficiency_table(saved))
+    if args.json is not None:
+        write_json(args.json, saved)
+    if args.markdown is not None:
+        args.markdown.write_text(efficiency_table(saved) + "\n", "utf-8")
+    return 0
+
+
+def run_handover(args: argparse.Namespace) -> int:
+    """Measure hand-overs, then every execution on the prompts; 1 where one wrote something else than `generate`."""
+    if len(args.target_cost) * len(args.temperature) > 1:
+        raise UsageError("--suite handover: give one --target-cost and one --temperature")
+    ((_, workload),) = _workloads(args, [1])
+    handovers = measure_handovers(workload.draft, args.steps)
+    enable(workload.target)
+    try:
+        measurement = measure_with_progress(workload, METHODS, args.runs)
+    finally:
+        disable(workload.target)
+        release(workload.target)
+    saved = {"handovers": handovers, "num_steps": args.steps, **figures(measurement)}
+    print(handover_table(saved))
+    if args.json is not None:
+        write_json(args.json, saved)
+    return int(saved["first_differences"] > saved["near_ties"])
+
+
+# Every group of options, and the suites that know it.
+OPTIONS: dict[Callable[[argparse.ArgumentParser], None], tuple[str, ...]] = {
+    add_text_options: ("generation", "efficiency", "handover"),
+    add_generation_options: ("generation",),
+    add_cache_options: ("cache",),
+    add_steps_option: ("cache", "handover"),
+    add_json_option: ("cache", "efficiency", "handover", "h200"),
+    add_gpu_options: ("h200",),
+}
+SUITES: dict[str, Callable[[argparse.Namespace], int]] = {
+    "generation": run_generation,
+    "cache": run_cache,
+    "efficiency": run_efficiency,
+    "handover": run_handover,
+    "h200": run_gpu,
+}

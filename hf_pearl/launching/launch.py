@@ -1,0 +1,102 @@
+"""`launch`: a pair of models of which each may lie on several ranks, ready to generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ..pair import default_device, load_model
+from ..parallel.cores import available_cores
+from ..parallel.ranks.models import load_first_part, stand_in
+from ..parallel.ranks.shared_collectives import HAS_EVENTS
+from ..parallel.ranks.wire import RankModel
+from ..parallel.ranks.world import in_world
+from ..parallel.tensor_parallel import find_folder
+from .launched_pair import LaunchedPair
+from .world_pair import WorldPair
+
+
+def launch(
+    target: str | Path,
+    draft: str | Path | None = None,
+    *,
+    target_tp: int = 1,
+    draft_tp: int = 1,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> LaunchedPair:
+    """Load a pair of models, each over as many ranks as it needs, and start these.
+
+    A rank is a process with its part of the weights (tensor parallel), which it alone reads. This process is the
+    target's first rank. Works from a script, with or without a main guard, `python -c`, standard input and notebooks.
+
+    Under `torchrun` or `accelerate launch` nothing is started: every rank of the script calls this, and then
+    `generate`, with the same arguments. The target takes the first ranks, the draft the others.
+
+    Parameters
+    ----------
+    target, draft : str or Path
+        Folders, or names on the Hub, with weights in safetensors. No draft: plain decoding.
+    target_tp, draft_tp : int
+        Ranks of each.
+    dtype : torch.dtype, optional
+        Of both models' weights; by default float32 on a CPU and bfloat16 elsewhere.
+    device : torch.device or str, optional
+        Where both models go; by default a CUDA device if there is one (under `torchrun` each rank's own), else the CPU.
+
+    Returns
+    -------
+    LaunchedPair
+
+    Raises
+    ------
+    ValueError
+        A number of ranks is none, or not what `torchrun` has started.
+    FileNotFoundError
+        There are no weights in safetensors.
+    NotImplementedError
+        Several ranks on another system than Linux, or on GPUs without `torchrun`; or a model that cannot be cut
+        (`PearlUnsupportedModelError`).
+    PearlWorkerError
+        A rank could not be started.
+    """
+    for name, size in (("target_tp", target_tp), ("draft_tp", draft_tp)):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"`{name}` must be a number of ranks, 1 or more; got {size!r}.")
+    device = default_device() if device is None else torch.device(device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    num_ranks = target_tp + (draft_tp if draft is not None else 0)
+    num_threads = max(1, len(available_cores()) // num_ranks)
+    target_model = _rank_model(target, dtype, "target", target_tp, num_threads)
+    draft_model = None if draft is None else _rank_model(draft, dtype, "draft", draft_tp, num_threads)
+    if in_world():
+        return WorldPair(target_model, draft_model, device)
+    if max(target_tp, draft_tp) > 1:
+        _check_ranks_here(device, num_ranks)
+    held_target = load_first_part(target_model) if target_tp > 1 else _load(target_model, device)
+    return LaunchedPair(held_target, None if draft_model is None else _hold_draft(draft_model, device))
+
+
+def _rank_model(name: str | Path, dtype: torch.dtype, lane: str, size: int, num_threads: int) -> RankModel:
+    folder = str(find_folder(name).resolve())  # Whatever is downloaded, this process does it, once.
+    return RankModel(folder, str(dtype).removeprefix("torch."), lane, size, num_threads)
+
+
+def _check_ranks_here(device: torch.device, num_ranks: int) -> None:
+    if not HAS_EVENTS:
+        raise NotImplementedError("several ranks need Linux (memfd, eventfd). Leave `target_tp` and `draft_tp` at 1.")
+    if device.type != "cpu":
+        raise NotImplementedError(
+            f"the ranks that `launch` starts compute on CPUs, and `device` is {device}. Start the script by `torchrun "
+            f'--nproc-per-node {num_ranks}`, whose ranks have a GPU each, or say `device="cpu"`.'
+        )
+
+
+def _hold_draft(model: RankModel, device: torch.device) -> PreTrainedModel:
+    return stand_in(model) if model.size > 1 else _load(model, device)
+
+
+def _load(model: RankModel, device: torch.device) -> PreTrainedModel:
+    return load_model(model.name, device, model.torch_dtype)

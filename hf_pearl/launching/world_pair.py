@@ -1,0 +1,136 @@
+"""A pair of models over the ranks that `torchrun` or `accelerate launch` has started, all of which run the script."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from ..errors import PearlWorkerError
+from ..pair import load_model
+from ..parallel.ranks.follower import Follower
+from ..parallel.ranks.lane import Leader, lead
+from ..parallel.ranks.linked_draft import LinkedDraft
+from ..parallel.ranks.linked_server import LinkedServer
+from ..parallel.ranks.models import link, stand_in
+from ..parallel.ranks.shared_output import receive_output, share_error, share_output
+from ..parallel.ranks.wire import RankModel
+from ..parallel.ranks.world import LaneGroups, WorldRanks
+from ..parallel.tensor_parallel import load_shard
+from .launched_pair import LaunchedPair
+
+
+class WorldPair(LaunchedPair):
+    """The pair on one rank. Every rank calls `generate` with the same arguments, and gets the same output.
+
+    Rank 0 decodes, streams, and knows the statistics. On the others `target` and `draft` are what the rank holds of
+    them; `target.generate`, which pipelines call, is the pair's everywhere.
+    """
+
+    def __init__(self, target: RankModel, draft: RankModel | None, device: torch.device) -> None:
+        self._device = _own_device(device)
+        self._owns_world = not dist.is_initialized()
+        if self._owns_world:
+            dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        _check_world(target, draft)
+        self._link: LinkedDraft | None = None
+        self._serve: Callable[[], None] = lambda: None
+        self._leave: Callable[[], None] = lambda: None
+        # Collective: every rank makes every group, in this order.
+        self._everyone = dist.new_group(backend="gloo")
+        target_groups = LaneGroups("target", 0, target.size)
+        draft_groups = None if draft is None else LaneGroups("draft", target.size, draft.size)
+        pair_group: Any = None if draft is None else dist.new_group([0, target.size], backend="gloo")
+        held_target, held_draft = self._hold(target, target_groups), None
+        if draft is not None and draft_groups is not None:
+            held_draft = self._hold(draft, draft_groups)
+            if dist.get_rank() == 0:
+                self._link = LinkedDraft(pair_group, target.size)
+                link(held_draft, self._link)
+            elif dist.get_rank() == target.size:
+                self._serve = LinkedServer(held_draft, pair_group, 0).serve
+        dist.barrier(self._everyone)  # Nobody generates before all have loaded.
+        super().__init__(held_target, held_draft)
+        self._decode = self.target.generate
+        self.target.generate = self.generate  # Pipelines call the model's.
+
+    def _hold(self, model: RankModel, groups: LaneGroups) -> PreTrainedModel:
+        """What this rank has of a model: all, a part, or none of it."""
+        device, dtype = self._device, model.torch_dtype
+        collectives = groups.collectives
+        if collectives is None:
+            return stand_in(model, self._device)
+        if model.size == 1:
+            return load_model(model.name, device, dtype)
+        if groups.rank > 0:
+            sums = collectives.all_reduce, collectives.all_gather
+            part = load_shard(model.name, groups.rank, model.size, *sums, dtype=dtype, device=device)
+            follower = Follower(part, collectives)
+            self._serve = lambda: follower.follow(groups.received_operations())
+            return part
+        ranks = WorldRanks(groups)
+        leader = Leader(ranks)
+        part = load_shard(model.name, 0, model.size, leader.all_reduce, leader.all_gather, dtype=dtype, device=device)
+        lead(part, leader)
+        self._leave = ranks.leave
+        return part
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`target.generate` on every rank; all call it with the same arguments, and get rank 0's output.
+
+        Raises
+        ------
+        PearlWorkerError
+            On ranks other than 0: `generate` failed on rank 0. A rank that ends is the launcher's affair, who ends all.
+        """
+        if dist.get_rank() != 0:
+            self._check_open()
+            self._serve()
+            self._leave()
+            return receive_output(self._everyone)
+        try:
+            output = self._lead(*args, **kwargs)
+        except BaseException as error:
+            if not isinstance(error, PearlWorkerError):  # Else not all are there to be told, and each notices it.
+                share_error(error, self._everyone)
+            raise
+        share_output(output, self._everyone)
+        return output
+
+    def _lead(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_open()
+        if self._link is not None:
+            self._link.open()
+        try:
+            return self._decode(*args, **kwargs)
+        finally:
+            self._leave()
+            if self._link is not None:
+                self._link.close()
+
+    def close(self) -> None:
+        """Give everything back; all ranks call it, as it ends the process group if `launch` has begun it."""
+        super().close()
+        if self._link is not None:
+            self._link.end()
+        if self._owns_world and dist.is_initialized():
+            self._owns_world = False
+            dist.destroy_process_group()
+
+
+def _check_world(target: RankModel, draft: RankModel | None) -> None:
+    sizes = target.size, 0 if draft is None else draft.size
+    if sum(sizes) != dist.get_world_size():
+        raise ValueError(
+            f"{dist.get_world_size()} ranks run, and `target_tp` + `draft_tp` is {sizes[0]} + {sizes[1]}. "
+            f"Start {sum(sizes)} (`torchrun --nproc-per-node {sum(sizes)}`), or choose other sizes."
+        )
+
+
+def _own_device(device: torch.device) -> torch.device:
+    """This rank's device: of CUDA devices without a number, the one that the launcher counts for it."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if str(device) == "cuda" else device

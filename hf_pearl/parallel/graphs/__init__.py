@@ -1,0 +1,1 @@
+"""Captured forwards of a lane: CUDA graphs, of which sizes, and several draft steps in one."""

@@ -1,0 +1,1 @@
+"""A lane over several ranks of one model, and what they say to each other."""

@@ -1,0 +1,130 @@
+"""A draft lane in another rank of the world, as the engine sees it: torch.distributed carries what shared memory
+
+carries on one host. What arrives is put into memory laid out as a worker's, so that `ProcessDraft` reads both.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from contextlib import suppress
+
+import torch.distributed as dist
+
+from ..workers.records import MalformedRecordError, Message, Quit, Status, decode_status, encode_message, encode_status
+from ..workers.shared_memory import Channel, anonymous_memory
+from .draft_frames import unpack
+from .world import receive_words, send_words
+
+
+class LinkedDraft:
+    """What `WorkerProcess` is for a child process: messages one way, a channel of news the other.
+
+    It listens between `open` and `close`, within one call of `generate`.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        Of the target's first rank, which this is, and the draft's.
+    other : int
+        The draft's first rank, in the world.
+    """
+
+    distributions: int | None = None
+    is_ready = True
+    is_silent = False
+    has_failed_by_itself = False
+    process_id = 0  # not on this host, perhaps
+
+    def __init__(self, group: dist.ProcessGroup, other: int) -> None:
+        self._group, self._other = group, other
+        memory = anonymous_memory("hf_pearl_channel", Channel.NUM_BYTES)
+        self.channel = Channel(memory)
+        os.close(memory)
+        self.channel.status.write(encode_status(Status(0, True, 0, 0, 0, 0, 0.0)))
+        self._news = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._waiting: list[Message] = []
+        self._thread: threading.Thread | None = None
+        self._failure = ""
+        self._num_sent = 0
+
+    def open(self) -> None:
+        """Listen, and send what has had to wait."""
+        self._thread = threading.Thread(target=self._listen, name="hf_pearl draft link", daemon=True)
+        self._thread.start()
+        waiting, self._waiting = self._waiting, []
+        for message in waiting:
+            self.put(message)
+
+    def _listen(self) -> None:
+        try:
+            while words := receive_words(self._other, self._group):
+                for part in unpack(words):
+                    part.store(self.channel)
+                os.eventfd_write(self._news, 1)
+        except (RuntimeError, ValueError) as error:
+            self.give_up(str(error))
+        os.eventfd_write(self._news, 1)
+
+    def close(self) -> None:
+        """Let the other side leave this call of `generate`, and hear it out."""
+        self.put(Quit())
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+
+    @property
+    def status(self) -> Status | None:
+        """How far it is."""
+        content = self.channel.status.read()
+        try:
+            return None if content is None else decode_status(content)
+        except MalformedRecordError as error:
+            self.give_up(str(error))
+            return None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has not been given up; a rank that ends takes this one with it."""
+        return not self._failure
+
+    def why_it_ended(self) -> str:
+        """What is known of its end."""
+        return self._failure
+
+    def give_up(self, reason: str) -> None:
+        """Never use it again."""
+        self._failure = self._failure or reason
+
+    def put(self, message: Message) -> int:
+        """Send a message; return its number. While nobody listens it waits."""
+        self._num_sent += 1
+        if self._thread is None:
+            self._waiting.append(message)
+        elif self.is_alive:
+            try:
+                send_words(encode_message(message), self._other, self._group)
+            except RuntimeError as error:
+                self.give_up(str(error))
+        return self._num_sent
+
+    def withdraw(self, first: int) -> bool:
+        """Whether the messages from number `first` on were taken back: what is sent cannot be."""
+        return False
+
+    def flush(self) -> None:
+        """Nothing to do: nothing waits."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait until there is news; `seconds` at most."""
+        poller = select.poll()
+        poller.register(self._news, select.POLLIN)
+        poller.poll(1000 * max(0.0, seconds))
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._news)
+
+    def end(self) -> None:
+        """Give memory and descriptors back."""
+        self.channel.close()
+        os.close(self._news)

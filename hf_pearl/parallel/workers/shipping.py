@@ -1,0 +1,259 @@
+"""How a model travels to a worker: its weights through shared memory, its class and config as a pickle at start-up.
+
+The pickle goes from the process that makes it to the child that it starts, through a private descriptor, once; nothing
+is unpickled afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+import mmap
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..ranks.models import load_first_part, rank_model_of
+from ..ranks.wire import RankModel
+
+_ALIGNMENT = 64
+# Every model has an eager implementation; the worker's lane switches to paged attention by itself.
+_ATTENTION_IN_TRANSIT = "eager"
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in the shared memory."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Binding(NamedTuple):
+    """A tensor of a module: the module's path, the tensor's name and kind, and which place holds its values."""
+
+    module: str
+    name: str
+    kind: str
+    place: int
+
+
+class Shipment(NamedTuple):
+    """All about a model but its weights; equal as long as new weights fit into the old places.
+
+    Of a model over several `ranks` only that: every rank reads its part from the files.
+    """
+
+    class_module: str
+    class_name: str
+    config: bytes
+    module_classes: tuple[tuple[str, str], ...]
+    bindings: tuple[Binding, ...]
+    places: tuple[Place, ...]
+    ranks: RankModel | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of shared memory for the weights; never 0, which could not be mapped."""
+        return max([_ALIGNMENT, *(place.offset + place.num_bytes for place in self.places)])
+
+
+def can_ship(model: PreTrainedModel) -> str | None:
+    """Why a worker process could not load `model` or would not compute the same; None if it can."""
+    if not (sys.platform.startswith("linux") and hasattr(os, "memfd_create") and hasattr(os, "eventfd")):
+        return "worker processes need Linux (memfd, eventfd)"
+    if not sys.executable:
+        return "the path of the Python interpreter is unknown (embedded Python?)"
+    if rank_model_of(model) is not None:
+        return None
+    for kind in (type(model), type(model.config)):
+        if not _can_import(kind):
+            return f"its class {kind.__module__}.{kind.__qualname__} cannot be imported in another process"
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+        return "it is quantised"
+    for name, module in model.named_modules():
+        reason = _why_not_module(module)
+        if reason is not None:
+            return f"module {name or type(module).__name__!r} {reason}"
+    for module, name, _, tensor in _tensors(model):
+        reason = _why_not_tensor(tensor)
+        if reason is not None:
+            return f"tensor {module + '.' + name!r} {reason}"
+    return None
+
+
+def pack(model: PreTrainedModel) -> tuple[Shipment, list[torch.Tensor]]:
+    """What to send of a model, and its tensors in the order of the shipment's places.
+
+    A tensor that several modules hold (tied weights) has one place, and is tied again on the other side.
+    """
+    ranks = rank_model_of(model)
+    if ranks is not None:
+        return Shipment("", ranks.name, b"", (), (), (), ranks), []
+    places: list[Place] = []
+    tensors: list[torch.Tensor] = []
+    bindings: list[Binding] = []
+    place_of: dict[tuple[Any, ...], int] = {}
+    offset = 0
+    for module, name, kind, tensor in _tensors(model):
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), kind == "parameter")
+        if key not in place_of:
+            place_of[key] = len(places)
+            place = Place(offset, tuple(tensor.shape), tensor.dtype)
+            places.append(place)
+            tensors.append(tensor)
+            offset += -(-place.num_bytes // _ALIGNMENT) * _ALIGNMENT
+        bindings.append(Binding(module, name, kind, place_of[key]))
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = _ATTENTION_IN_TRANSIT
+    shipment = Shipment(
+        type(model).__module__,
+        type(model).__qualname__,
+        pickle.dumps(config),
+        _module_classes(model),
+        tuple(bindings),
+        tuple(places),
+    )
+    return shipment, tensors
+
+
+def copy_weights(
+    shipment: Shipment, tensors: list[torch.Tensor], descriptor: int, is_cancelled: Callable[[], bool]
+) -> None:
+    """Copy `tensors` to their places in the memory behind `descriptor`, unless cancelled half-way.
+
+    Raises
+    ------
+    OSError
+        There is not enough memory.
+    """
+    os.posix_fallocate(descriptor, 0, shipment.num_bytes)  # An error now instead of a bus error later.
+    with mmap.mmap(descriptor, shipment.num_bytes) as memory, torch.no_grad():
+        for place, tensor in zip(shipment.places, tensors, strict=True):
+            if is_cancelled():
+                return
+            _view(memory, place).copy_(tensor)
+
+
+def build(shipment: Shipment, descriptor: int) -> PreTrainedModel:
+    """The model of a shipment, on the weights in the memory behind `descriptor`.
+
+    Raises
+    ------
+    ValueError
+        The class builds other modules than those the shipped model had.
+    PearlWorkerError
+        A rank could not load its part.
+    """
+    if shipment.ranks is not None:
+        return load_first_part(shipment.ranks)
+    memory = mmap.mmap(descriptor, shipment.num_bytes)
+    kind = _lookup(importlib.import_module(shipment.class_module), shipment.class_name)
+    config: PretrainedConfig = pickle.loads(shipment.config)
+    with torch.device("meta"):
+        model: PreTrainedModel = kind(config)
+    if _module_classes(model) != shipment.module_classes:
+        differing = dict(set(shipment.module_classes) ^ set(_module_classes(model)))
+        raise ValueError(
+            f"{shipment.class_name}(config) builds other modules than the model has: {', '.join(sorted(differing)[:5])}"
+        )
+    tensors = [_view(memory, place) for place in shipment.places]
+    parameters: dict[int, torch.nn.Parameter] = {}
+    for binding in shipment.bindings:
+        module, tensor = model.get_submodule(binding.module), tensors[binding.place]
+        if binding.kind == "parameter":
+            parameter = parameters.setdefault(binding.place, torch.nn.Parameter(tensor, requires_grad=False))
+            module._parameters[binding.name] = parameter
+        elif binding.kind == "buffer":
+            module._buffers[binding.name] = tensor
+        else:
+            setattr(module, binding.name, tensor)
+    missing = [f"{module}.{name}" for module, name, _, tensor in _tensors(model) if tensor.is_meta]
+    if missing:
+        raise ValueError(f"tensors of {shipment.class_name}(config) that the model has not: {', '.join(missing[:5])}")
+    return model.eval()
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, str, str, torch.Tensor]]:
+    """Every tensor that a module of `model` holds, as (module's path, name, kind, tensor); tied ones repeatedly."""
+    for path, module in model.named_modules():
+        kinds = {"parameter": module._parameters, "buffer": module._buffers, "attribute": vars(module)}
+        for kind, named in kinds.items():
+            for name, tensor in named.items():
+                if isinstance(tensor, torch.Tensor):
+                    yield path, name, kind, tensor
+
+
+def _module_classes(model: torch.nn.Module) -> tuple[tuple[str, str], ...]:
+    return tuple((name, type(module).__qualname__) for name, module in model.named_modules())
+
+
+def _view(memory: mmap.mmap, place: Place) -> torch.Tensor:
+    count = math.prod(place.shape)
+    if not count:
+        return torch.empty(place.shape, dtype=place.dtype)
+    return torch.frombuffer(memory, dtype=place.dtype, count=count, offset=place.offset).view(place.shape)
+
+
+def _lookup(module: Any, qualified_name: str) -> Any:
+    for part in qualified_name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _can_import(kind: type) -> bool:
+    """Whether a fresh interpreter with this one's `sys.path` finds a class under its name."""
+    top = kind.__module__.partition(".")[0]
+    if top in ("__main__", "transformers_modules") or "<locals>" in kind.__qualname__:
+        return False
+    try:
+        is_there = _lookup(sys.modules[kind.__module__], kind.__qualname__) is kind
+        finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
+        return is_there and any(finder.find_spec(top, None) is not None for finder in finders)
+    except (AttributeError, KeyError, ImportError, ValueError):
+        return False
+
+
+def _why_not_module(module: torch.nn.Module) -> str | None:
+    if type(module).__module__.partition(".")[0] == "peft":
+        return "carries an adapter of PEFT"
+    if hasattr(module, "_hf_hook"):
+        return "has a hook of accelerate (several devices, or offloaded)"
+    if type(module).__module__.startswith("torch.ao."):
+        return "is quantised, its weights are packed"
+    if isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None:
+        return "is compiled"
+    if type(module).__module__.startswith("torch._dynamo"):
+        return "is compiled"
+    if "forward" in vars(module):
+        return "has a replaced `forward`"
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # transformers' own, which record outputs for those who ask, change nothing.
+    if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
+        return "has forward hooks"
+    if hasattr(module, "parametrizations"):
+        return "has parametrisations"
+    return None
+
+
+def _why_not_tensor(tensor: torch.Tensor) -> str | None:
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"is a {type(tensor).__name__}"
+    if tensor.is_meta:
+        return "is offloaded or not loaded (meta device)"
+    if tensor.device.type != "cpu":
+        return f"lies on {tensor.device}, and worker processes run on CPUs"
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return "is sparse or quantised"
+    return None

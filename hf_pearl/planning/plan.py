@@ -1,0 +1,238 @@
+"""`plan`: what would go where, before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..arguments import check_arguments
+from ..cache.sizing import main_memory
+from ..cache.support import check_supported
+from ..config import PearlConfig
+from ..model_devices import devices_of
+from ..models import unwrap
+from ..parallel.placement import MIN_TOKENS, stays
+from ..parallel.ranks.models import check_whole
+from ..tuning import Tuning
+from .footprint import Footprint
+from .planner import ASSUMED_ACCEPTANCE, LanePlan, split
+from .tensor_parallel_split import TensorParallelSplit, tensor_parallel_split
+from .topology import Device, parse_topology, present_devices
+from .unloaded import unloaded
+
+MAX_TOKENS = 2**40
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model of a plan.
+
+    Attributes
+    ----------
+    name : str
+        As it was given, or its class.
+    source : str or None
+        Folder or name that it is loaded from; None: it is loaded already.
+    dtype : torch.dtype
+        Of its weights.
+    footprint : Footprint
+        How much memory it takes.
+    lane : LanePlan
+        Where it goes.
+    """
+
+    name: str
+    source: str | None
+    dtype: torch.dtype
+    footprint: Footprint
+    lane: LanePlan
+
+    def load(self) -> PreTrainedModel:
+        """Load it straight onto its devices."""
+        if self.source is None:
+            raise ValueError(f"{self.name} is loaded already: the plan was made for the model itself, not for a name.")
+        lane, where = self.lane, {"": self.lane.devices[0]}
+        options: dict[str, Any] = {"device_map": where}
+        if len(lane.devices) > 1:
+            room = {int(share.device.partition(":")[2]): share.total - share.cache for share in lane.shares}
+            options = {"device_map": "balanced", "max_memory": room}
+        return AutoModelForCausalLM.from_pretrained(self.source, dtype=self.dtype, **options).eval()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the models of a pair go; as a string, in words.
+
+    Attributes
+    ----------
+    devices : tuple of Device
+        What there is, or was said to be.
+    target, draft : PlannedModel
+        Where each goes, what it takes there, and why.
+    num_tokens : int
+        For which the caches of both have room.
+    tensor_parallel : TensorParallelSplit or None
+        How `hf_pearl.launch` would divide the devices; None where that brings nothing.
+    is_here : bool
+        Whether `devices` are those of this machine.
+    """
+
+    devices: tuple[Device, ...]
+    target: PlannedModel
+    draft: PlannedModel
+    num_tokens: int
+    tensor_parallel: TensorParallelSplit | None
+    is_here: bool
+
+    @property
+    def config(self) -> PearlConfig:
+        """The settings that ask for this placement."""
+        return PearlConfig(target_devices=list(self.target.lane.devices), draft_devices=list(self.draft.lane.devices))
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """Load target and draft straight onto their devices, in evaluation mode.
+
+        Raises
+        ------
+        ValueError
+            The plan is for another machine, or for models that are loaded already.
+        """
+        if not self.is_here:
+            raise ValueError("the plan is for devices that were assumed, not for this machine's. Leave out `devices`.")
+        return self.target.load(), self.draft.load()
+
+    def __str__(self) -> str:
+        from .report import report  # It reads what is defined here.
+
+        return report(self)
+
+
+def plan(
+    target: PreTrainedModel | str | Path,
+    draft: PreTrainedModel | str | Path,
+    devices: str | Sequence[Device] | None = None,
+    dtype: torch.dtype | None = None,
+    num_tokens: int = MIN_TOKENS,
+    measured: Tuning | None = None,
+) -> Plan:
+    """Say what would go where, how much memory it takes, and why. No weight is loaded, and nothing is moved.
+
+    print(hf_pearl.plan("Qwen/Qwen3-32B", "Qwen/Qwen3-0.6B", devices="8x80GiB"))
+
+    Parameters
+    ----------
+    target, draft : PreTrainedModel, str or Path
+        Models, folders, or names on the Hub, of which only the configuration and the sizes of the files are fetched.
+    devices : str, sequence of Device or None
+        A machine to plan for, such as "8x80GiB", "2x24GiB@1TB/s" or "cpu 64GiB"; None: this one. Models that are
+        loaded are then where `PearlConfig()` leaves or moves them.
+    dtype : torch.dtype or None
+        That models given by name are loaded in; None: each in its own.
+    num_tokens : int
+        For which the caches must have room: of all sequences of a call together, and prefixes that are to be kept.
+    measured : Tuning or None
+        What `hf_pearl.tune` found for the pair on such a device; else times and acceptance are estimated.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument that makes no sense, a model that cannot be reached, or devices that do not hold the pair.
+    NotImplementedError
+        A model that PEARL cannot run, or one of `launch` that is not whole in this process.
+    """
+    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
+        raise TypeError(f"`num_tokens` must be an int, got {num_tokens!r}.")
+    if not 1 <= num_tokens <= MAX_TOKENS:
+        raise ValueError(f"`num_tokens` must be between 1 and {MAX_TOKENS}, got {num_tokens}.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"`dtype` must be a floating-point dtype of torch or None, got {dtype!r}.")
+    models = [_model(name, given, dtype) for name, given in (("target", target), ("draft", draft))]
+    _check_pair(models[0][0], models[1][0])
+    prints = [Footprint.of(model, weights) for model, weights in models]
+    machine, places = _machine(devices, target, draft)
+    found = split(machine, prints[0], prints[1], num_tokens, *places)
+    planned = [
+        PlannedModel(
+            str(given) if isinstance(given, (str, Path)) else type(model).__name__,
+            str(given) if isinstance(given, (str, Path)) else None,
+            model.dtype,
+            footprint,
+            lane,
+        )
+        for given, (model, _), footprint, lane in zip(
+            (target, draft), models, prints, (found.target, found.draft), strict=True
+        )
+    ]
+    parallel = _tensor_parallel(machine, prints, num_tokens, measured)
+    return Plan(machine, planned[0], planned[1], found.num_tokens, parallel, devices is None)
+
+
+def _model(argument: str, given: Any, dtype: torch.dtype | None) -> tuple[PreTrainedModel, int | None]:
+    """A model, or the structure of one that is not loaded, and what its files say of its size."""
+    if isinstance(given, (str, Path)):
+        return unloaded(argument, given, dtype)
+    model = unwrap(given)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"`{argument}` must be a model of transformers, a folder or a name, got {given!r}.")
+    check_whole(argument, model, "Pass the folder or the name that it was loaded from.")
+    return model, None
+
+
+def _check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    check_arguments(target, target.generation_config, {"assistant_model": draft})
+    for model in (target, draft):
+        check_supported(model)
+
+
+def _machine(
+    devices: str | Sequence[Device] | None, target: Any, draft: Any
+) -> tuple[tuple[Device, ...], tuple[list[str] | None, list[str] | None]]:
+    """The devices, with what the models hold of them counted as free, and where they lie if they stay there."""
+    if devices is not None:
+        return (parse_topology(devices) if isinstance(devices, str) else _checked(devices)), (None, None)
+    loaded = [unwrap(each) for each in (target, draft) if not isinstance(each, (str, Path))]
+    held: dict[str, int] = {}
+    for parameter in {id(each): each for model in loaded for each in model.parameters()}.values():
+        held[str(parameter.device)] = held.get(str(parameter.device), 0) + parameter.nbytes
+    machine = [
+        each._replace(memory=each.memory + (held.get(each.name, 0) if each.kind != "cpu" else 0))
+        for each in present_devices(measured=True)
+    ]
+    target_devices = None if isinstance(target, (str, Path)) else devices_of(unwrap(target))
+    draft_devices = None
+    if not isinstance(draft, (str, Path)) and (target_devices is None or stays(unwrap(draft), target_devices)):
+        draft_devices = devices_of(unwrap(draft))
+    places = [None if each is None else list(map(str, each)) for each in (target_devices, draft_devices)]
+    names = {each.name for each in machine}
+    if any("cpu" in (place or ()) for place in places) and "cpu" not in names:
+        machine.append(Device("cpu", main_memory()))
+    return tuple(machine), (places[0], places[1])
+
+
+def _checked(devices: Any) -> tuple[Device, ...]:
+    found = tuple(devices) if isinstance(devices, Sequence) else ()
+    if not found or not all(isinstance(each, Device) for each in found):
+        raise TypeError(
+            f'`devices` must be a description such as "8x80GiB", or a sequence of `Device`, got {devices!r}.'
+        )
+    return found
+
+
+def _tensor_parallel(
+    machine: Sequence[Device], prints: Sequence[Footprint], num_tokens: int, measured: Tuning | None
+) -> TensorParallelSplit | None:
+    """The split for `hf_pearl.launch`; None where one device each is as good, or there are no two."""
+    accelerators = [device for device in machine if device.kind != "cpu"]
+    if len(accelerators) < 2:
+        return None
+    acceptance, seconds = ASSUMED_ACCEPTANCE, None
+    if measured is not None:
+        acceptance = min(measured.acceptance_rate, 0.99)
+        seconds = measured.target_forward_seconds, measured.draft_step_seconds
+    found = tensor_parallel_split(accelerators, prints[0], prints[1], num_tokens, acceptance, seconds)
+    return None if found is None or found.target_tp + found.draft_tp == 2 else found
