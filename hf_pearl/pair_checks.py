@@ -27,7 +27,7 @@ def checked_models(target: Any, draft: Any) -> tuple[PreTrainedModel, PreTrained
     for name, model in models.items():
         if not isinstance(model, PreTrainedModel) or not model.can_generate():
             raise TypeError(f"`{name}` must be a causal language model of transformers, got {type(model).__name__}.")
-        check_whole(name, model, "Plain `generate`, which is measured too, needs a whole one: `from_pretrained`.")
+        check_whole(name, model, "Pass a whole one, loaded by `from_pretrained`: it is called by itself, too.")
     target, draft = models.values()
     check_arguments(target, target.generation_config, {"assistant_model": draft})
     for model in models.values():
