@@ -573,12 +573,12 @@ def test_a_forked_copy_of_the_process_leaves_the_worker_alone(target: PreTrained
 PARENT = '''
 import os, subprocess, sys, threading, time
 from transformers import LlamaConfig, LlamaForCausalLM
-from hf_pearl.parallel.child_process import Parent
-from hf_pearl.parallel.draft_workers import DraftWorker
+from hf_pearl.parallel.workers.child_process import Parent
+from hf_pearl.parallel.workers.draft_workers import DraftWorker
 
 HELD = """
 import ctypes, sys
-from hf_pearl.parallel.child_process import Parent
+from hf_pearl.parallel.workers.child_process import Parent
 Parent(*map(int, sys.argv[1:])).bind()
 print("bound", flush=True)
 ctypes.PyDLL(None).usleep(600_000_000)  # holds the interpreter
