@@ -131,7 +131,7 @@ def test_two_hosts_share_the_ranks(launcher: str, sizes: tuple[int, int], saved:
 STOPPED = """
 import json, os, signal
 import hf_pearl, torch
-from hf_pearl.parallel import world
+from hf_pearl.parallel.ranks import world
 from transformers import LogitsProcessorList
 world.ANSWER_SECONDS = 3.0
 pair = hf_pearl.launch({target!r}, target_tp=2, dtype=torch.float64)
