@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 from hf_pearl.benchmark import BENCH
@@ -32,6 +33,17 @@ def test_every_saved_measurement_is_shown_and_every_shown_table_was_measured() -
 def test_every_measured_method_is_explained() -> None:
     text = DOCUMENTS[ROOT / "docs" / "benchmarks.md"]
     assert all(f"| {method.name} | {method.summary} |" in text for method in BENCH)
+
+
+def test_every_method_was_measured_on_every_workload() -> None:
+    measured = set()
+    for file in RESULTS:
+        if file.name.startswith("bench-"):
+            result = json.loads(file.read_text("utf-8"))
+            assert [method["name"] for method in result["methods"]] == [method.name for method in BENCH], file
+            workload = result["workload"]
+            measured.add((result["target_cost"], workload["temperature"], workload["batch_size"]))
+    assert measured == set(product((1.0, 3.0), (0.0, 0.7), (1, 4)))
 
 
 def test_saved_measurements_say_what_they_were_measured_on() -> None:

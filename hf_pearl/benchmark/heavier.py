@@ -20,6 +20,7 @@ from .measurement import sharing_copy
 MLP = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ("self_attn.o_proj", *(f"mlp.{name}" for name in MLP))
 NUM_TRIAL_TOKENS = 16
+MAX_TIMES = 100.0  # What is added is real weights: they need memory.
 
 
 def heavier(model: PreTrainedModel, times: float) -> PreTrainedModel:
@@ -36,12 +37,12 @@ def heavier(model: PreTrainedModel, times: float) -> PreTrainedModel:
     Raises
     ------
     ValueError
-        `times` is below 1.
+        `times` is below 1, or above `MAX_TIMES`.
     NotImplementedError
         The model's layers have other parts, or zeros change its output.
     """
-    if not 1.0 <= times < float("inf"):
-        raise ValueError(f"`times` must be a number from 1, got {times}.")
+    if not 1.0 <= times <= MAX_TIMES:
+        raise ValueError(f"`times` must be a number from 1 to {MAX_TIMES:g}, got {times}.")
     if times == 1.0:
         return model
     layers = _layers(model)

@@ -62,7 +62,7 @@ def plot(files: Sequence[Saved], path: Path) -> None:
         panel.xaxis.set_major_locator(FixedLocator(TICKS))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.margins(x=0.15)
+        panel.margins(x=0.3)
         panel.set_title(title(saved), fontsize="medium")
     figure.supxlabel("tokens per second over those of generate")
     figure.savefig(path, dpi=120)

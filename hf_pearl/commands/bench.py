@@ -126,7 +126,7 @@ def _workloads(args: argparse.Namespace, batch_sizes: Sequence[int]) -> Iterator
     for cost in args.target_cost:
         try:
             heavy = heavier(target, cost)
-        except NotImplementedError as error:
+        except (NotImplementedError, ValueError) as error:
             raise UsageError(f"--target-cost {cost:g}: {error}") from error
         for temperature, batch_size in product(args.temperature, batch_sizes):
             yield cost, Workload(heavy, draft, prompts, args.max_new_tokens, temperature, args.seed, batch_size)

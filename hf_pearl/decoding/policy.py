@@ -15,7 +15,11 @@ UNMEASURED = 0.1  # chance from which guesses are verified before any time is kn
 
 
 class ForwardTimes:
-    """Running linear fit of a target forward's seconds over its tokens; old forwards are forgotten slowly."""
+    """Running linear fit of a target forward's seconds over its tokens; old forwards are forgotten slowly.
+
+    A curve that is flat at first and then is not is followed where it is in use: the line is that of the sizes that
+    came last, and so is its slope.
+    """
 
     def __init__(self, memory: float = 64.0) -> None:
         self._keep = 0.5 ** (1.0 / memory)
@@ -129,6 +133,7 @@ class Pace:
     def worth_verifying_above(self, num_rows: int) -> float:
         """The chance from which verifying a guess yields more than all rows do in the time that it takes."""
         cycles = self.cycles(num_rows)
+        # Whatever was measured, a guess that is likelier than not is verified: times mislead for a while.
         return min(0.5, cycles.rate(num_rows) * cycles.times.per_token) if cycles.times.is_known else UNMEASURED
 
     def wait_pays(self, hoped: float, num_rows: int, step_seconds: float) -> bool:

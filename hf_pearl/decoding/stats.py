@@ -89,7 +89,7 @@ class PearlStats:
 
     @property
     def mean_accepted_tokens(self) -> float:
-        """Accepted draft tokens plus the target's own, per row and decode forward (1.0 without a draft)."""
+        """Accepted guesses plus the target's own tokens, per row and decode forward; 1.0 where nothing is guessed."""
         return self.decode_tokens / self.decode_windows if self.decode_windows else 0.0
 
     @property

@@ -149,7 +149,7 @@ class Tuning:
 
     @property
     def bound(self) -> float:
-        """Speed-up that no draft can exceed that guesses as well as this one, however fast it is."""
+        """What a line of the draft's likeliest guesses would give if they took no time; a tree may give more."""
         return self.simulated.plain / self.simulated.bound
 
     def speedup_of(self, way: Way) -> float:
