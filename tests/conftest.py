@@ -11,6 +11,7 @@ import gc
 import importlib.util
 import os
 import re
+import signal
 import threading
 import time
 import zlib
@@ -25,6 +26,8 @@ import psutil
 import pytest
 import torch
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # So it is in a background job of a shell.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Read when Triton is imported first, whoever does.
 
