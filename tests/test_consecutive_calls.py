@@ -262,7 +262,8 @@ def test_an_exception_in_the_draft_s_forward(target: PreTrainedModel, draft: Pre
         with expected_warnings() as warnings:
             output = target.generate(**arguments, pearl=config)
         assert output.tolist() == expected.tolist()
-        assert "Deliberate" in warnings[0]
+        assert warnings or draft_length == "auto", "a target that waits for nobody may be done before the draft fails"
+        assert all("Deliberate" in each for each in warnings)
         draft.model.layers[0].mlp = FailingLayer(mlp, num_calls)
         with pytest.raises(Deliberate):
             target.generate(**arguments, pearl=replace(config, execution="inline", draft_length=4))
