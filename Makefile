@@ -1,11 +1,12 @@
 # Every target sets up what it needs, once: a stamp in the environment is renewed when pyproject.toml changes.
 #   PYTHON  the interpreter the environments are made from (3.10 or later)
-#   TORCH   what pip installs as torch, before anything else; any build of your own will do
+#   TORCH   what pip installs as torch, before anything else; any build of your own will do (OLDEST_TORCH: likewise)
 #   ARGS    passed on to the program that a target runs: make demo ARGS="--temperature 1"
 #   SHARD   i/n: the i-th of n parts of `make test-all`, counted from 1
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+OLDEST_TORCH ?= torch==2.11.0
 OLDEST := transformers==5.17.0
 ARGS ?=
 SHARD ?=
@@ -52,7 +53,7 @@ test: $(VENV)/$(STAMP) ## lint, types, and the tests of every change
 test-all: $(VENV)/$(STAMP) ## every test, the big counts too; SHARD=i/n runs a part
 	HF_PEARL_SHARD=$(SHARD) $(VENV)/bin/python -m pytest $(ARGS)
 
-test-oldest: $(VENV_OLDEST)/$(STAMP) ## the tests on the oldest transformers that we support
+test-oldest: $(VENV_OLDEST)/$(STAMP) ## the tests on the oldest torch and transformers that we support
 	$(VENV_OLDEST)/bin/python -m pytest $(FAST) $(ARGS)
 
 format: $(VENV)/$(STAMP) ## sort imports, fix what can be fixed, lay out the code
@@ -62,18 +63,18 @@ format: $(VENV)/$(STAMP) ## sort imports, fix what can be fixed, lay out the cod
 pair: $(VENV)/$(STAMP) ## train the embedded pair again, into ./pair
 	$(VENV)/bin/python examples/train_pair.py $(ARGS)
 
-# $(1) the environment's folder, $(2) what to install beside this package
+# $(1) the environment's folder, $(2) torch, $(3) what to install beside this package
 define set_up
-@echo "== Setting up $(1): $(TORCH), hf-pearl, its development tools $(2)"
+@echo "== Setting up $(1): $(2), hf-pearl, its development tools $(3)"
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, this is %s; name another: make PYTHON=..." % sys.version.split()[0])'
 $(PYTHON) -m venv $(1)
-$(1)/bin/python -m pip install --disable-pip-version-check "$(TORCH)"
-$(1)/bin/python -m pip install --disable-pip-version-check -e ".[dev]" $(2)
+$(1)/bin/python -m pip install --disable-pip-version-check "$(2)"
+$(1)/bin/python -m pip install --disable-pip-version-check -e ".[dev]" $(3)
 @touch $(1)/$(STAMP)
 endef
 
 $(VENV)/$(STAMP): pyproject.toml
-	$(call set_up,$(VENV))
+	$(call set_up,$(VENV),$(TORCH))
 
 $(VENV_OLDEST)/$(STAMP): pyproject.toml
-	$(call set_up,$(VENV_OLDEST),"$(OLDEST)")
+	$(call set_up,$(VENV_OLDEST),$(OLDEST_TORCH),"$(OLDEST)")
