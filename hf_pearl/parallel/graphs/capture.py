@@ -6,8 +6,10 @@ about graphs, their buffers, sizes and number, runs on a CPU as it does on a GPU
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -44,25 +46,50 @@ class Capture(Protocol):
         """Give back the shared memory; all that was captured must have been reset."""
 
 
+@functools.cache
+def _capture_stream(device: torch.device, priority: int) -> torch.cuda.Stream:
+    """Where warm-ups run and captures are made for lanes whose stream is of this priority.
+
+    A graph's kernels have the priority of the stream that they were captured on, not of the one that replays them. And
+    cuBLAS keeps a work space per stream: one that a warm-up has made is there when the capture needs it, for all graphs
+    of the stream. They may share it, since lanes whose streams are of one priority share the stream, too.
+    """
+    return torch.cuda.Stream(device, priority=priority)
+
+
+def stream_priority(device: torch.device) -> int:
+    """Of this thread's current stream; what is captured for one is of no use on another."""
+    return torch.cuda.current_stream(device).priority if device.type == "cuda" else 0
+
+
 class CudaCapture:
     """CUDA graphs in one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
 
     def capture(self, run: Run) -> Captured:
-        """A CUDA graph of `run`. Other threads may use the device meanwhile, but not capture."""
-        for _ in range(NUM_WARM_UPS):
-            run()
-        if self._pool is None or self._stream is None:
-            self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(self._device)
-        graph = torch.cuda.CUDAGraph()
+        """A CUDA graph of `run`, of the current stream's priority. Other threads may use the device, not capture."""
+        lane = torch.cuda.current_stream(self._device)
+        stream = _capture_stream(self._device, lane.priority)
+        stream.wait_stream(lane)
         try:
             # Not `torch.cuda.graph`: after a failure it leaves its stream the thread's current one.
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(stream):
+                for _ in range(NUM_WARM_UPS):
+                    run()
+                return self._captured(run)
+        finally:
+            lane.wait_stream(stream)
+
+    def _captured(self, run: Run) -> torch.cuda.CUDAGraph:
+        """Capture it on the current stream."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with _no_collection():
                 graph.capture_begin(self._pool, capture_error_mode="thread_local")
                 try:
                     run()
@@ -82,6 +109,21 @@ class CudaCapture:
     def release(self) -> None:
         """Forget the pool, which goes with its last graph."""
         self._pool = None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage inside: among it may be graphs and events, which must not be destroyed during a capture.
+
+    To collect it before, as torch once did, takes its time for each capture, and prevents none during it.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Rerun:

@@ -26,7 +26,7 @@ from ...cache.step_tables import Bounds, needs
 from ...decoding.choosing import Chooser
 from ..packed_windows import PackedWindows
 from .buckets import bucket_of, largest_like
-from .capture import Capture, capture_for
+from .capture import Capture, capture_for, stream_priority
 from .obstacles import obstacle_to_capture
 from .static_chain import ChainKind, ChainResult, Noise, StaticChain
 from .static_forward import StaticForward
@@ -65,7 +65,7 @@ class GraphRunner:
         self.forwards: dict[Bounds, StaticForward] = {}  # the least recently used first
         self.chains: dict[ChainKind, StaticChain] = {}  # likewise
         self._capture = capture
-        self._layout = cache.layout
+        self._layout = self._current_layout()
         self._obstacle = obstacle_to_capture(model)
         self._num_steps: Counter[Bounds | ChainKind] = Counter()
         self._refused: set[Chooser] = set()
@@ -155,11 +155,15 @@ class GraphRunner:
         self._held.clear()
         self._capture.release()
         self._logits = None
-        self._layout = self.cache.layout
+        self._layout = self._current_layout()
+
+    def _current_layout(self) -> tuple[int, int]:
+        """What graphs are captured for: addresses, and the priority of the lane's stream."""
+        return self.cache.layout, stream_priority(self.device)
 
     def _see_layout(self, model: PreTrainedModel) -> None:
-        """Release what was captured for other addresses."""
-        if self._layout != self.cache.layout:
+        """Release what was captured for other addresses, or for a stream of other priority."""
+        if self._layout != self._current_layout():
             self.release()
             self._obstacle = obstacle_to_capture(model)
             self._say(model)
