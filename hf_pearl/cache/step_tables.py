@@ -142,6 +142,7 @@ class StepTables:
         with torch.inference_mode(False):  # Such a tensor is written to by every later step, in whatever mode.
             self._on_host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=is_cuda)
             self._numbers = torch.zeros_like(self._on_host, device=self.device) if is_cuda else self._on_host
+        self.device = self._numbers.device  # with its index: "cuda" is compared with no tensor's "cuda:0"
         self.num_new: list[int] = []
         self._sequences: Sequence[PagedSequence] = ()
         self._copied: torch.cuda.Event | None = torch.cuda.Event() if is_cuda else None
