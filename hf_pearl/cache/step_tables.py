@@ -27,6 +27,8 @@ from .paged_sequence import PagedSequence
 from .sdpa import TreeMask
 from .tree_tables import WORD_BITS, describe_trees, num_words
 
+ALIGNMENT = 4  # numbers, 16 bytes: kernels are compiled anew for addresses that are no multiple of it
+
 
 class Limits(NamedTuple):
     """Sizes of the tables: sequences, packed tokens, blocks of a sequence, and int32 numbers that say what trees are.
@@ -136,22 +138,20 @@ class StepTables:
         self.device = torch.device(device)
         self.bounds = bounds or Bounds(0, 0, 0, 0, False)
         self.has_fixed_bounds = bounds is not None
-        s, t, b, n = limits
-        sizes = (s + 1, s, s, s, s, t, n, s * b)
+        rooms = _rooms(limits)
         is_cuda = self.device.type == "cuda"
         with torch.inference_mode(False):  # Such a tensor is written to by every later step, in whatever mode.
-            self._on_host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=is_cuda)
+            self._on_host = torch.zeros(sum(rooms), dtype=torch.int32, pin_memory=is_cuda)
             self._numbers = torch.zeros_like(self._on_host, device=self.device) if is_cuda else self._on_host
         self.device = self._numbers.device  # with its index: "cuda" is compared with no tensor's "cuda:0"
         self.num_new: list[int] = []
         self._sequences: Sequence[PagedSequence] = ()
         self._copied: torch.cuda.Event | None = torch.cuda.Event() if is_cuda else None
-        self._num_before_blocks = sum(sizes[:-1])
-        self._held_rows = [0] * s  # `table_number` of what each row of the block tables holds, here and on the device
-        tensors = self._numbers.split(sizes)
-        self.on_device = Tables._make([*tensors[:-1], tensors[-1].view(s, b)])
-        *arrays, block_table_array = np.split(self._on_host.numpy(), np.cumsum(sizes)[:-1])
-        self._host: tuple[np.ndarray, ...] = (*arrays, block_table_array.reshape(s, b))
+        self._num_before_blocks = sum(rooms[:-1])
+        # `table_number` of what each row of the block tables holds, here and on the device
+        self._held_rows = [0] * limits.num_sequences
+        self.on_device = _parts(self._numbers, limits)
+        self._host: tuple[np.ndarray, ...] = tuple(part.numpy() for part in _parts(self._on_host, limits))
 
     def fill(
         self,
@@ -252,6 +252,24 @@ class StepTables:
             return
         self._numbers[:num_numbers].copy_(self._on_host[:num_numbers], non_blocking=True)
         self._copied.record(torch.cuda.current_stream(self.device))
+
+
+def _sizes(limits: Limits) -> list[int]:
+    """Numbers of each of `Tables`."""
+    s, t, b, n = limits
+    return [s + 1, s, s, s, s, t, n, s * b]
+
+
+def _rooms(limits: Limits) -> list[int]:
+    """Numbers from the beginning of each of `Tables` to that of the next."""
+    return [-(-size // ALIGNMENT) * ALIGNMENT for size in _sizes(limits)]
+
+
+def _parts(numbers: torch.Tensor, limits: Limits) -> Tables:
+    """The tables that lie in one buffer."""
+    rooms = numbers.split(_rooms(limits))
+    *flat, block_tables = (room[:size] for room, size in zip(rooms, _sizes(limits), strict=True))
+    return Tables(*flat, block_tables.view(limits.num_sequences, limits.num_blocks))
 
 
 def needs(

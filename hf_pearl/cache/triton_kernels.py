@@ -55,7 +55,7 @@ def store_kernel(
     tl.store(place + dims, new, mask=dims < value_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts", "block_table_stride"])
 def paged_attention_kernel(
     # pointers
     output: tl.tensor,  # (T, H, P, D of values)
@@ -118,7 +118,7 @@ def paged_attention_kernel(
         tl.store(weights + rows_out, weight, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def merge_parts_kernel(
     # pointers
     output: tl.tensor,  # (T, H, D)
