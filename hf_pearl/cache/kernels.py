@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from ..device_guard import device_guard
 from .kernel_interface import Pools
 from .step_tables import Bounds, StepTables
 from .triton_attention import Constants
@@ -37,13 +38,14 @@ def store(key: torch.Tensor, value: torch.Tensor, pools: Pools, tables: StepTabl
     _check({"key": key, "value": value, **pools._asdict()}, tables)
     num_tokens = _num_tokens(tables, key)
     key_dim, value_dim = key.shape[-1], value.shape[-1]
-    store_kernel[(num_tokens, key.shape[1])](
-        *(key, value, *pools, tables.on_device.slots),
-        *(key_dim, value_dim),
-        *(each.stride()[1:3] for each in (key, value, *pools)),
-        DIM_TILE=triton.next_power_of_2(max(key_dim, value_dim)),
-        num_warps=1,
-    )
+    with device_guard(key):
+        store_kernel[(num_tokens, key.shape[1])](
+            *(key, value, *pools, tables.on_device.slots),
+            *(key_dim, value_dim),
+            *(each.stride()[1:3] for each in (key, value, *pools)),
+            DIM_TILE=triton.next_power_of_2(max(key_dim, value_dim)),
+            num_warps=1,
+        )
 
 
 def paged_attention(
@@ -79,21 +81,22 @@ def paged_attention(
         sums = query.new_empty(rows * (1 + shape[3]), dtype=torch.promote_types(query.dtype, torch.float32))
         weights, parts = sums[:rows], sums[rows:]
     sinks = query if sinks is None else sinks
-    paged_attention_kernel[launch.grid](
-        *(parts, weights, query, *pools, sinks, tables.on_device),
-        *(num_heads, launch.num_parts),
-        *(each.stride()[1:3] for each in (query, *pools)),
-        tables.on_device.block_tables.stride(0),
-        launch.constants,
-        num_warps=4,
-        num_stages=2,
-    )
-    if launch.num_parts > 1:
-        merge_parts_kernel[(num_tokens, num_heads)](
-            *(output, parts, weights, sinks, tables.on_device.query_starts),
-            *(tables.limits.num_sequences, num_heads, launch.num_parts),
-            *(MAX_PARTS, launch.constants),
+    with device_guard(query):
+        paged_attention_kernel[launch.grid](
+            *(parts, weights, query, *pools, sinks, tables.on_device),
+            *(num_heads, launch.num_parts),
+            *(each.stride()[1:3] for each in (query, *pools)),
+            tables.on_device.block_tables.stride(0),
+            launch.constants,
+            num_warps=4,
+            num_stages=2,
         )
+        if launch.num_parts > 1:
+            merge_parts_kernel[(num_tokens, num_heads)](
+                *(output, parts, weights, sinks, tables.on_device.query_starts),
+                *(tables.limits.num_sequences, num_heads, launch.num_parts),
+                *(MAX_PARTS, launch.constants),
+            )
     return output
 
 

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..device_guard import device_guard
+
 _BLOCKS = 256  # Philox blocks of a tile, each four neighbouring tokens' words
 
 
@@ -97,11 +99,12 @@ def _launch(scores: torch.Tensor, rows: torch.Tensor, noisy: torch.Tensor | None
     num_tiles = triton.cdiv(vocab_size, 4 * _BLOCKS)
     values = scores.new_empty(num_rows, num_tiles)
     ids = torch.empty(num_rows, num_tiles, dtype=torch.int64, device=scores.device)
-    noisy_scores_kernel[(num_rows, num_tiles)](
-        *(scores, rows, scores if noisy is None else noisy, values, ids),
-        vocab_size,
-        scores.stride(0),
-        BLOCKS=_BLOCKS,
-        KEEPS=noisy is not None,
-    )
+    with device_guard(scores):
+        noisy_scores_kernel[(num_rows, num_tiles)](
+            *(scores, rows, scores if noisy is None else noisy, values, ids),
+            vocab_size,
+            scores.stride(0),
+            BLOCKS=_BLOCKS,
+            KEEPS=noisy is not None,
+        )
     return values, ids
