@@ -37,7 +37,7 @@ MAX_GRAPHS = 32  # of a lane; of more sizes than these, the one that was not use
 MAX_CHAINS = 16  # likewise; a chain is several forwards
 CAPTURED_FROM = 2  # steps of one size: what comes but once is not worth a capture
 FIRST_TOKENS = 64  # of the first capture of all, so that the pool's memory has room for the smaller ones
-CAPTURE_TIMEOUT = 20.0  # seconds, for another lane's capture
+CAPTURE_TIMEOUT = 20.0  # seconds, for another lane's capture; when they are over, nobody waits until it has ended
 
 _capture_lock = threading.Lock()  # torch's capture is not thread-safe.
 
@@ -67,6 +67,7 @@ class GraphRunner:
         self._capture = capture
         self._layout = self._current_layout()
         self._obstacle = obstacle_to_capture(model)
+        self._patience = CAPTURE_TIMEOUT
         self._num_steps: Counter[Bounds | ChainKind] = Counter()
         self._refused: set[Chooser] = set()
         self._held: set[Held] = set()
@@ -214,9 +215,16 @@ class GraphRunner:
         return self._num_steps[kind] >= CAPTURED_FROM
 
     def _attempt(self, capture: Callable[[], None]) -> str | None:
-        """Capture something; why that was not possible, if so: everything is released then."""
-        if not _capture_lock.acquire(timeout=CAPTURE_TIMEOUT):
-            return f"another lane's capture did not end within {CAPTURE_TIMEOUT:g} s"
+        """Capture something; why that is not possible, if so: everything is released then.
+
+        Nothing is captured, either, while another lane does so for too long: it is tried again with later steps.
+        """
+        if not _capture_lock.acquire(timeout=self._patience):
+            if self._patience:
+                logger.info_once(f"Another lane's capture did not end within {self._patience:g} s: none until it has.")
+            self._patience = 0.0
+            return None
+        self._patience = CAPTURE_TIMEOUT
         try:
             capture()
         except RuntimeError as error:  # Out of memory is one, too.
