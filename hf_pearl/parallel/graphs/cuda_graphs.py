@@ -227,7 +227,7 @@ class GraphRunner:
         self._patience = CAPTURE_TIMEOUT
         try:
             capture()
-        except RuntimeError as error:  # Out of memory is one, too.
+        except Exception as error:  # Out of memory, of a GPU's registers, whatever it is: the step can be made without.
             self.release()
             return f"the attempt failed: {type(error).__name__}: {error}"
         finally:
