@@ -219,6 +219,7 @@ def test_auto_takes_the_fastest_and_says_which(
     monkeypatch: pytest.MonkeyPatch, stand_ins: StandIns, said: Callable[[], list[str]]
 ) -> None:
     monkeypatch.setattr(flash_kernels, "failure", lambda library, held: None)
+    monkeypatch.setattr(backends, "failure_of_triton", lambda held: None)
     on_cuda = held(device=torch.device("cuda:0"))
     assert choose_kernels("auto", held()) is None
     assert choose_kernels("auto", held(device=torch.device("cuda:0"), eight_bit=True)) is None

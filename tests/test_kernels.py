@@ -5,6 +5,7 @@ Without a GPU the Triton kernels run in Triton's interpreter. Unused slots, bloc
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from hf_pearl.benchmark.near_tie import is_near_tie
 from hf_pearl.cache import backends, kernels, torch_kernels
 from hf_pearl.cache.backends import choose_kernels
 from hf_pearl.cache.kernel_interface import Pools
+from hf_pearl.cache.kernel_trial import trial_failure
 from hf_pearl.cache.paged_layer import Held
 from hf_pearl.cache.step import Attention, PagedStep
 from hf_pearl.cache.step_tables import Bounds, Limits, StepTables
@@ -263,6 +265,31 @@ def test_without_a_gpu_kernels_are_refused_before_any_work(monkeypatch: pytest.M
     assert choose_kernels("auto", held("cpu")) is None
 
 
-def test_auto_takes_the_kernels_on_cuda() -> None:
+def test_auto_takes_the_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "failure_of_triton", lambda held: None)
     assert choose_kernels("auto", held()) is kernels
     assert choose_kernels("sdpa", held()) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs kernels that fail: those of a device that is not there")
+def test_where_the_kernels_fail_auto_takes_sdpa_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    what = held("cuda:7", dtype=torch.float16)
+    with caplog.at_level(logging.INFO, logger="hf_pearl"):
+        assert choose_kernels("auto", what) is None
+    assert "torch's SDPA, since a trial of the Triton kernels fails: " in caplog.text
+    with pytest.raises(ValueError, match=r"`attention=\"triton\"` cannot be used here: a trial of the Triton kernels"):
+        choose_kernels("triton", what)
+
+
+@needs_interpreter
+def test_a_trial_tells_kernels_that_work_from_those_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    what = held("cpu", dtype=torch.float32, max_head_dim=16)
+    assert trial_failure(kernels, what, (None, 9)) is None
+    monkeypatch.setattr(kernels, "store", lambda *_: None)
+    assert "computes something else" in str(trial_failure(kernels, what, (None,)))
+
+    def fails(*_: Any) -> None:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(kernels, "store", fails)
+    assert trial_failure(kernels, what, (None,)) == "fails: OSError: no compiler"

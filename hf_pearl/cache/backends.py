@@ -8,6 +8,7 @@ which on a CPU reads in place.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import torch
 from transformers.utils import logging
 
 from .kernel_interface import Kernels
+from .kernel_trial import trial_failure
 from .paged_layer import Held
 from .step_tables import Limits, StepTables
 
@@ -135,4 +137,13 @@ def _obstacle_to_triton(held: Held) -> str | None:
         return f"they read {names}, and the model computes in {str(held.dtype).removeprefix('torch.')} (cast it)"
     if held.max_head_dim > kernels.MAX_HEAD_DIM:
         return f"they read heads of up to {kernels.MAX_HEAD_DIM} dimensions, and the model's have {held.max_head_dim}"
-    return None
+    failed = failure_of_triton(held) if held.device.type == "cuda" else None
+    return None if failed is None else f"a trial of the Triton kernels {failed}"
+
+
+@functools.cache
+def failure_of_triton(held: Held) -> str | None:
+    """What is wrong with what the Triton kernels compute on a device, tried once; None: nothing."""
+    from . import kernels
+
+    return trial_failure(kernels, held, (None,))

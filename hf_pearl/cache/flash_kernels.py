@@ -14,19 +14,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import kernels, torch_kernels
+from . import kernels
 from .flash_libraries import LIBRARIES, Library
 from .kernel_interface import Pools
+from .kernel_trial import trial_failure
 from .paged_layer import Held
-from .paged_sequence import PagedSequence
-from .step_tables import StepTables, needs
+from .step_tables import StepTables
 
 if TYPE_CHECKING:
     from .step import Attention
 
 DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 HEAD_DIM_MULTIPLE = 8
-MAX_TRIAL_ERROR = 3e-2  # of the largest number; outputs of bfloat16 are off by up to 4e-3 of themselves
 
 
 class FlashKernels:
@@ -77,32 +76,5 @@ def find_flash(held: Held) -> FlashKernels | str:
 
 @functools.cache
 def failure(library: Library, held: Held) -> str | None:
-    """What is wrong with what a library computes on a device, tried once on two short sequences; None: nothing.
-
-    That it is installed says little: it may have been built for another torch or another GPU.
-    """
-    from .step import Attention
-
-    sequences, num_new, block_size = [PagedSequence(), PagedSequence()], [40, 1], 16
-    for sequence, length, blocks in zip(sequences, (70, 5), (range(2, 7), [1]), strict=True):
-        sequence.length = length
-        for block in blocks:
-            sequence.push(block)
-    tables = StepTables(needs(sequences, num_new, [None, None], block_size)[0], block_size, held.device)
-    tables.fill(sequences, num_new, [None, None])
-    generator = torch.Generator().manual_seed(0)
-    query, *pools = (
-        torch.randn(1, heads, length, held.max_head_dim, generator=generator).to(held.device, held.dtype)
-        for heads, length in ((2, 41), (1, 7 * block_size), (1, 7 * block_size))
-    )
-    for window in (None, 9):
-        attention = Attention(held.max_head_dim**-0.5, window)
-        expected = torch_kernels.paged_attention(query, Pools(*pools), tables, attention)
-        try:
-            found = FlashKernels(library).paged_attention(query, Pools(*pools), tables, attention)
-            error = float((found - expected).abs().max() / expected.abs().max())
-        except Exception as raised:  # Whatever it is, there are other ways to compute this.
-            return f"fails: {type(raised).__name__}: {raised}"
-        if not error < MAX_TRIAL_ERROR:
-            return f"computes something else: it is off by {error:.2g} of the largest number"
-    return None
+    """What is wrong with what a library computes on a device, tried once; None: nothing."""
+    return trial_failure(FlashKernels(library), held, (None, 9))
