@@ -24,13 +24,17 @@ from models import (
 from strict_capture import StrictCapture, capture_on_cpu, use_twins
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import LogitsProcessorList
 
 import hf_pearl
 from hf_pearl import PearlConfig
 from hf_pearl.cache import PagedPrefixCache
 from hf_pearl.cache.block_pool import BlockPool
 from hf_pearl.cache.step_tables import Bounds, Limits
-from hf_pearl.decoding.messages import Branches, Window
+from hf_pearl.decoding.calibration import Calibration
+from hf_pearl.decoding.drafting import Drafter
+from hf_pearl.decoding.messages import Admission, Branches, Verdict, Window
+from hf_pearl.decoding.proposal import Proposer
 from hf_pearl.parallel.graphs import cuda_graphs
 from hf_pearl.parallel.graphs.buckets import NUM_TOKENS, bucket_of, largest_like, limits_of
 from hf_pearl.parallel.graphs.capture import CudaCapture, capture_for
@@ -189,11 +193,13 @@ def test_a_size_is_captured_when_it_comes_again(seed: int, monkeypatch: pytest.M
     lanes = TwoLanes("llama", seed)
     with lanes.replaying.ready(), lanes.plain.ready():
         lanes.admit(0)
-        replays = []
+        replays, warm_ups = [], []
         for number in (5, 1, 1, 6, 1, 7):
             lanes.forward(lanes.window(0, number))
             replays.append(lanes.runner.num_replays)
+            warm_ups.append(lanes.replaying.num_warm_ups)
     assert replays == [0, 0, 1, 1, 2, 3]  # The first makes the pools; 6 and 7 tokens are of one size.
+    assert warm_ups == [0, 1, 2, 3, 3, 4]
 
 
 def test_a_failed_capture_is_said_once_and_costs_no_token(seed: int, caplog: pytest.LogCaptureFixture) -> None:
@@ -273,6 +279,26 @@ def test_nobody_waits_for_a_capture_that_does_not_end_and_it_is_tried_again(
         lanes.forward(lanes.window(0, 1))
         assert lanes.runner.num_replays == 1
     assert len([each for each in caplog.records if "did not end within 0.1 s" in each.getMessage()]) == 1
+
+
+def test_times_of_steps_that_captured_are_not_learnt(seed: int) -> None:
+    model = tiny_model("llama", seed)
+    cache = PagedPrefixCache(model.config, 64, block_size=8)
+    cache.backend.use("triton")
+    lane = ModelLane(model, cache, prefix_cache=False, graphs=GraphRunner(model, cache, StrictCapture()))
+    drafter = Drafter(lane, Proposer(model.config.vocab_size, LogitsProcessorList()), Calibration(), free_running=False)
+    learnt: list[int] = []
+    drafter.time_step = lambda num_guesses, seconds: learnt.append(num_guesses)  # type: ignore[method-assign]
+    with lane.ready():
+        drafter.handle(Admission(0, (3, 1, 4, 1, 5, 9), 60, 0, None))
+        for number in range(1, 4):
+            for _ in range(2):
+                before = lane.num_warm_ups, len(learnt)
+                drafter.step()
+                is_prefill = number == 1 and not learnt and lane.length(0) == 6
+                assert (len(learnt) > before[1]) == (lane.num_warm_ups == before[0] and not is_prefill)
+            drafter.handle(Verdict(0, number, (7,)))
+    assert lane.num_warm_ups > 0 and learnt
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ class Drafter:
         self.num_steps += 1
         if not self.has_work():
             return []
-        started = time.perf_counter()
+        started, num_warm_ups = time.perf_counter(), self.lane.num_warm_ups
         self._fork_followers()
         chosen = self._choose()
         if not chosen:
@@ -212,9 +212,10 @@ class Drafter:
         self._grow(behind, steps)
         self.num_steps += len(steps) - 1
         seconds = (time.perf_counter() - started) / len(steps)
+        is_prefill = any(len(window.token_ids) > 4 and not window.branches for window in windows)
         for start in (started + seconds * place for place in range(len(steps))):
             self.timeline.append(DraftStep(start, start + seconds, len(chosen)))
-            if all(len(window.token_ids) <= 4 or window.branches for window in windows):  # Prefill is no draft step.
+            if not is_prefill and self.lane.num_warm_ups == num_warm_ups:
                 self.time_step(len(chosen), seconds)
         return [self.token_tree(request_id) for request_id in computed]
 

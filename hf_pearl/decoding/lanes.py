@@ -15,6 +15,10 @@ from .noise import NoiseRow
 class Lane(Protocol):
     """A model on its cache; `parallel.lane.ModelLane` is the real one."""
 
+    @property
+    def num_warm_ups(self) -> int:
+        """How many forwards took their time for what later ones like them need not do: their times say nothing."""
+
     def admit(self, request_id: int, token_ids: Sequence[int], max_length: int) -> int:
         """Begin a sequence of `max_length` tokens in the end; return how many of them are already in the cache."""
 

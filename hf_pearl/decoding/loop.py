@@ -81,7 +81,7 @@ class DecodingLoop:
 
     def step(self) -> None:
         """One target forward and its verdicts."""
-        began = self.clock()
+        began, num_warm_ups = self.clock(), self.target.num_warm_ups
         waiting = self.scheduler.waiting()
         guesses = self.schedule.before_forward(waiting)
         started = self.clock()
@@ -103,7 +103,7 @@ class DecodingLoop:
         num_tokens = sum(len(window.token_ids) for window in launch.windows)
         num_accepted = self.stats.accepted_tokens - num_accepted
         self.stats.target_timeline.append(TargetForward(started, ended, num_tokens, num_accepted))
-        if launch.is_decode:
+        if launch.is_decode and self.target.num_warm_ups == num_warm_ups:
             seconds = self.clock() - began - self.schedule.waited_seconds
             self.schedule.learn(num_tokens, seconds, sum(map(len, verdicts.values())))
 

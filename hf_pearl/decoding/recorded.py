@@ -60,6 +60,8 @@ class RecordedLane:
     All of a prompt but its last token is in the cache from the beginning, so that prompts take no time.
     """
 
+    num_warm_ups = 0
+
     def __init__(
         self,
         prompts: Sequence[Sequence[int]],

@@ -67,8 +67,7 @@ class ModelLane:
         register()
         self.model = model
         self.cache = cache
-        self.prefix_cache = prefix_cache
-        self.cache_salt = cache_salt
+        self.prefix_cache, self.cache_salt = prefix_cache, cache_salt
         self.graphs, self.name = graphs, name
         self.device = input_device(model)
         self._is_spread = len(computing_devices(model)) > 1
@@ -145,6 +144,11 @@ class ModelLane:
             for sequence, window in zip(sequences, windows, strict=True):
                 self.cache.rollback(sequence, sequence.length - len(window.token_ids))
             raise
+
+    @property
+    def num_warm_ups(self) -> int:
+        """How many forwards captured something, or were the first of a size: their times say nothing."""
+        return 0 if self.graphs is None else self.graphs.num_warm_ups
 
     @property
     def chains(self) -> bool:

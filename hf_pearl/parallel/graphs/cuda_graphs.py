@@ -61,7 +61,7 @@ class GraphRunner:
         self.cache = cache
         self.device = model.get_input_embeddings().weight.device
         self.max_graphs = max_graphs
-        self.num_replays = self.num_chains = 0
+        self.num_replays = self.num_chains = self.num_warm_ups = 0
         self.forwards: dict[Bounds, StaticForward] = {}  # the least recently used first
         self.chains: dict[ChainKind, StaticChain] = {}  # likewise
         self._capture = capture
@@ -183,6 +183,8 @@ class GraphRunner:
         if self._comes_again(bucket):
             self._obstacle = self._attempt(capture)
             self._say(model)
+        else:
+            self.num_warm_ups += 1  # The kernels of a size are compiled in its first step.
         return bucket in self.forwards
 
     def _add_chain(
@@ -219,7 +221,9 @@ class GraphRunner:
 
         Nothing is captured, either, while another lane does so for too long: it is tried again with later steps.
         """
-        if not _capture_lock.acquire(timeout=self._patience):
+        is_free = _capture_lock.acquire(timeout=self._patience)
+        self.num_warm_ups += is_free or self._patience > 0.0
+        if not is_free:
             if self._patience:
                 logger.info_once(f"Another lane's capture did not end within {self._patience:g} s: none until it has.")
             self._patience = 0.0

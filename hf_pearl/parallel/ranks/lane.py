@@ -189,6 +189,11 @@ class LeadingLane:
         """Where the model expects its token ids."""
         return self._lane.device
 
+    @property
+    def num_warm_ups(self) -> int:
+        """As of the lane on the first rank."""
+        return self._lane.num_warm_ups
+
     @contextmanager
     def ready(self) -> Iterator[None]:
         """The scope of all forwards of a call, on every rank."""
