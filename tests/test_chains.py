@@ -464,8 +464,8 @@ def test_a_chain_ends_before_half_of_the_time_between_two_verdicts() -> None:
 @pytest.mark.parametrize("choice", WARPERS)
 def test_on_a_gpu_chains_guess_what_single_steps_guess(choice: str, width: int, seed: int) -> None:
     """Of the likeliest line: beside it, single steps grow other guesses than chains do."""
-    model = tiny_model("llama", seed, dtype=torch.float32).to("cuda")
-    drafts = [Draft(model, choice, width, capture=CudaCapture(torch.device("cuda"))) for _ in range(2)]
+    model = tiny_model("llama", seed, dtype=torch.float32).to("cuda:0")
+    drafts = [Draft(model, choice, width, capture=CudaCapture(torch.device("cuda:0"))) for _ in range(2)]
     lines = []
     with torch.cuda.stream(torch.cuda.Stream()), drafts[0].lane.ready(), drafts[1].lane.ready():
         for draft in drafts:

@@ -140,8 +140,10 @@ def _is_installed(module: str, cure: str) -> Callable[[], str | None]:
 
 
 def _lacks_block_tables() -> str | None:
-    from torch.nn.attention import current_flash_attention_impl, varlen
-
+    try:
+        from torch.nn.attention import current_flash_attention_impl, varlen
+    except ImportError:
+        return "is not in this torch"
     if "block_table" not in inspect.signature(varlen.varlen_attn).parameters:
         return "takes no block tables before torch 2.12"
     if current_flash_attention_impl() is None:
