@@ -34,13 +34,13 @@ ALL_PARTS = [
     "steps, 0.6B",
     "steps, 8B",
     "pair 0.6B/8B, batch 1",
-    "simulated 0.6B/8B",
-    "attention",
-    "continuous batching, 8B",
-    "static cache, compiled, 8B",
     "pair 0.6B/8B, batch 8",
     "pair 0.6B/8B, batch 32",
     "steps, 32B",
+    "attention",
+    "simulated 0.6B/8B",
+    "continuous batching, 8B",
+    "static cache, compiled, 8B",
     "steps, 1.7B",
     "simulated 1.7B/32B",
     "continuous batching, 0.6B",
@@ -144,6 +144,8 @@ def test_a_part_says_which_other_one_it_needs() -> None:
 def test_what_the_goals_are_about_comes_first() -> None:
     names = [part.name for part in gpu_parts(FULL, CPU, torch.bfloat16)]
     assert names == ALL_PARTS
+    seconds = [part.seconds for part in gpu_parts(FULL, CPU, torch.bfloat16)]
+    assert sum(seconds[: 1 + names.index("continuous batching, 8B")]) <= 60 * 7  # the default of `--minutes`
     assert {name for pair in FULL.pairs for name in pair} == FULL.models.keys() == QWEN3.keys()
 
 

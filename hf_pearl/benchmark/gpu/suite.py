@@ -139,21 +139,24 @@ def simulated_name(pair: tuple[str, str]) -> str:
 
 
 def gpu_parts(extent: Extent, device: torch.device, dtype: torch.dtype) -> Iterator[Part]:
-    """The parts, the most important first: what the goals are about, then the rest."""
+    """The parts, the most important first: what the goals are about, then the rest.
+
+    By what they say to take, the time of the command's default ends with the first rival.
+    """
     yield Part(BANDWIDTH, 10.0, lambda _: {"bytes_per_second": copy_bandwidth(device, extent.copy_bytes, 10)})
     first, *others = extent.pairs
     for name in first:
         yield _model_part(extent, name, device, dtype)
-    yield _pair_part(extent, extent.asked[0], device, dtype, 90.0)
-    yield _simulated_part(extent, first, device, dtype)
+    for number, asked in enumerate(extent.asked):
+        yield _pair_part(extent, asked, device, dtype, 40.0 if number else 90.0)
+    for _, target in others:
+        yield _model_part(extent, target, device, dtype)
     yield Part(ATTENTION, 30.0, partial(_attention, extent, device, dtype))
+    yield _simulated_part(extent, first, device, dtype)
     yield from _rival_parts(extent, extent.rivals[:1], device, dtype)
-    for asked in extent.asked[1:]:
-        yield _pair_part(extent, asked, device, dtype, 40.0)
-    for pair in others:
-        for name in reversed(pair):
-            yield _model_part(extent, name, device, dtype)
-        yield _simulated_part(extent, pair, device, dtype)
+    for draft, target in others:
+        yield _model_part(extent, draft, device, dtype)
+        yield _simulated_part(extent, (draft, target), device, dtype)
     yield from _rival_parts(extent, extent.rivals[1:], device, dtype)
 
 
