@@ -119,7 +119,7 @@ def test_greedy_tokens_are_those_of_generate(
     expected = reference(pair[0], inputs)
     assert_varied(expected)
     got, stats = answer(pair, inputs, execution)
-    assert got.device.type == device.type
+    assert got.device == device
     assert got.tolist() == expected.tolist()
     assert stats.execution == execution and stats.generated_tokens == batch_size * NUM_TOKENS
     assert_nothing_held(*pair)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 
@@ -128,8 +129,22 @@ def test_sampled_tokens_are_the_same_by_the_kernel(seed: int, monkeypatch: pytes
     def kernels_here(scores: torch.Tensor, draws: object) -> object:
         nonlocal num_calls
         num_calls += 1
-        return noisy_scores.load_kernels()
+        return noisy_scores.load_kernels(scores.device)
 
     monkeypatch.setattr(noisy_scores, "_kernels", kernels_here)
     assert target.generate(**arguments).tolist() == expected.tolist()
     assert num_calls > 0
+
+
+def test_a_kernel_that_fails_is_left_out_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("no compiler")
+
+    noisy_scores.load_kernels.cache_clear()
+    monkeypatch.setattr(noise_kernels, "noisy_max", fails)
+    with caplog.at_level(logging.INFO, logger="hf_pearl"):
+        assert noisy_scores.load_kernels(torch.device("cpu")) is None
+    noisy_scores.load_kernels.cache_clear()
+    assert "Noise on cpu is added without Triton, which fails: OSError: no compiler" in caplog.text

@@ -13,8 +13,11 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from transformers.utils import logging
 
 from .noise import NoiseSource, noise_of_rows
+
+logger = logging.get_logger(__name__)
 
 
 class Draw(NamedTuple):
@@ -46,7 +49,7 @@ def noisy_scores(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
 
 def add_noise(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Scores plus noise, `(N, V)`, float32; `rows` `(N, 4)`, int64, on their device, are those of `NoiseSource.row`."""
-    kernels = load_kernels() if scores.device.type == "cuda" and scores.stride(-1) == 1 else None
+    kernels = load_kernels(scores.device) if scores.device.type == "cuda" and scores.stride(-1) == 1 else None
     return scores + noise_of_rows(rows, scores.shape[1]) if kernels is None else kernels.noisy_scores(scores, rows)
 
 
@@ -55,16 +58,21 @@ def _kernels(scores: torch.Tensor, draws: Sequence[Draw]) -> ModuleType | None:
     is_plain = scores.dtype == torch.float32 and scores.stride(-1) == 1
     if scores.device.type != "cuda" or not is_plain or any(draw.source is None for draw in draws):
         return None
-    return load_kernels()
+    return load_kernels(scores.device)
 
 
 @functools.cache
-def load_kernels() -> ModuleType | None:
-    """The module of the Triton kernels; None where Triton is missing."""
+def load_kernels(device: torch.device) -> ModuleType | None:
+    """The module of the Triton kernels, tried once on a device; None where Triton is missing, or fails there."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from . import noise_kernels
+    try:
+        from . import noise_kernels
 
+        noise_kernels.noisy_max(torch.zeros(1, 4, device=device), torch.zeros(1, 4, dtype=torch.long, device=device))
+    except Exception as error:  # Whatever it is, torch can do it.
+        logger.info_once(f"Noise on {device} is added without Triton, which fails: {type(error).__name__}: {error}")
+        return None
     return noise_kernels
 
 
