@@ -79,7 +79,7 @@ def paged_attention(
     if launch.num_parts > 1:
         rows = shape[1] * num_heads * launch.num_parts
         sums = query.new_empty(rows * (1 + shape[3]), dtype=torch.promote_types(query.dtype, torch.float32))
-        weights, parts = sums[:rows], sums[rows:]
+        parts, weights = sums.split([rows * shape[3], rows])  # so that both begin at multiples of 16 bytes
     sinks = query if sinks is None else sinks
     with device_guard(query):
         paged_attention_kernel[launch.grid](
