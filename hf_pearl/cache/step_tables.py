@@ -269,7 +269,7 @@ def _parts(numbers: torch.Tensor, limits: Limits) -> Tables:
     """The tables that lie in one buffer."""
     rooms = numbers.split(_rooms(limits))
     *flat, block_tables = (room[:size] for room, size in zip(rooms, _sizes(limits), strict=True))
-    return Tables(*flat, block_tables.view(limits.num_sequences, limits.num_blocks))
+    return Tables._make([*flat, block_tables.view(limits.num_sequences, limits.num_blocks)])
 
 
 def needs(
