@@ -194,6 +194,7 @@ outputs.append(both[1](texts, **options))
 with open(f"{folder}/{{os.environ['RANK']}}.json", "w") as file:
     json.dump([outputs, errors], file)
 pair.close()
+pair.close()
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import queue
 import random
@@ -29,6 +30,7 @@ from hf_pearl.parallel.ranks import draft_frames, shared_collectives
 from hf_pearl.parallel.ranks.collectives import RankError
 from hf_pearl.parallel.ranks.follower import Follower
 from hf_pearl.parallel.ranks.lane import Leader, LeadingLane, lead, new_cache, new_lane
+from hf_pearl.parallel.ranks.linked_draft import LinkedDraft
 from hf_pearl.parallel.ranks.records import (
     Admit,
     Begin,
@@ -390,3 +392,19 @@ def test_news_of_a_draft_arrive_where_a_worker_would_have_written_them() -> None
     assert records.decode_status(channel.status.read() or b"") == records.Status(1, True, 2, 3, 4, 5, 0.5)
     assert len(news.take()) == 0
     channel.close()
+
+
+def test_the_descriptors_of_a_link_are_given_back_once_by_its_end_or_by_garbage_collection() -> None:
+    group: Any = None  # Nothing is sent.
+    gc.collect()
+    before = set(os.listdir("/proc/self/fd"))
+    link = LinkedDraft(group, 1)
+    link.end()
+    taken = [os.dup(0) for _ in range(4)]  # among them the numbers that the link had
+    link.end()
+    for each in taken:
+        os.close(each)  # None was closed for the link.
+    link = LinkedDraft(group, 1)
+    del link
+    gc.collect()
+    assert set(os.listdir("/proc/self/fd")) == before

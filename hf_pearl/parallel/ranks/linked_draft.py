@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+import weakref
 from contextlib import suppress
 
 import torch.distributed as dist
@@ -44,6 +45,8 @@ class LinkedDraft:
         os.close(memory)
         self.channel.status.write(encode_status(Status(0, True, 0, 0, 0, 0, 0.0)))
         self._news = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._free = weakref.finalize(self, _free, self.channel, self._news)
+        self._free.atexit = False  # The system does it then, and a thread may still listen.
         self._waiting: list[Message] = []
         self._thread: threading.Thread | None = None
         self._failure = ""
@@ -125,6 +128,10 @@ class LinkedDraft:
             os.eventfd_read(self._news)
 
     def end(self) -> None:
-        """Give memory and descriptors back."""
-        self.channel.close()
-        os.close(self._news)
+        """Give memory and descriptor back; harmless to repeat. Garbage collection does the same."""
+        self._free()
+
+
+def _free(channel: Channel, news: int) -> None:
+    channel.close()
+    os.close(news)
