@@ -40,7 +40,7 @@ from .parallel.inline import InlineDraft
 from .parallel.lane import output_vocab_size
 from .parallel.memory import cache_share
 from .parallel.probe import check_computed
-from .parallel.ranks.lane import Lane, assemble_ranks, new_cache, new_lane, num_ranks
+from .parallel.ranks.lane import Lane, assemble_ranks, new_cache, new_lane, num_ranks, turns
 from .parallel.streams import on_lane_stream
 from .parallel.tensor_parallel import num_key_value_heads
 from .parallel.threads import ThreadDraft
@@ -93,7 +93,7 @@ class PearlEngine:
         tuple
             The requests, in the order of `prompts`, and what happened.
         """
-        with self.lock:
+        with self.lock, turns(target, draft):
             started = time.perf_counter()
             self._prepare_caches(target, draft, config)
             stats = PearlStats(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,6 +207,24 @@ def test_the_target_is_used_like_any_model(launched: LaunchedPair, saved: Saved)
     expected_texts = pipeline("text-generation", model=saved.target, tokenizer=tokenizer)(texts, **greedy)
     assert launched.pipeline(tokenizer)(texts, **greedy) == expected_texts
     assert pipeline("text-generation", model=launched.target, tokenizer=tokenizer)(texts, **greedy) == expected_texts
+
+
+@pytest.mark.parametrize("num_calls", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_threads_with_and_without_the_draft_take_turns_on_the_ranks(
+    num_calls: int, launched: LaunchedPair, saved: Saved
+) -> None:
+    """Each has an engine and a cache of its own, and both lead the same ranks."""
+    compare_ranks(launched)
+    expected = saved.expected().sequences.tolist()
+    assert generate(launched, saved.inputs).sequences.tolist() == expected
+    process_ids = ranks_of(launched).process_ids
+
+    def work(options: dict[str, Any]) -> list[Any]:
+        return [generate(launched, saved.inputs, **options).sequences.tolist() for _ in range(num_calls)]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, [{}, {"assistant_model": None}])) == [[expected] * num_calls] * 2
+    assert ranks_of(launched).process_ids == process_ids
 
 
 def test_what_a_part_cannot_do_is_refused(launched: LaunchedPair, saved: Saved) -> None:

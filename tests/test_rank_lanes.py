@@ -29,7 +29,8 @@ from hf_pearl.parallel.lane import ModelLane
 from hf_pearl.parallel.ranks import draft_frames, shared_collectives
 from hf_pearl.parallel.ranks.collectives import RankError
 from hf_pearl.parallel.ranks.follower import Follower
-from hf_pearl.parallel.ranks.lane import Leader, LeadingLane, lead, new_cache, new_lane
+from hf_pearl.parallel.ranks.lane import LeadingLane, lead, new_cache, new_lane, turns
+from hf_pearl.parallel.ranks.leader import Leader
 from hf_pearl.parallel.ranks.linked_draft import LinkedDraft
 from hf_pearl.parallel.ranks.records import (
     Admit,
@@ -329,6 +330,17 @@ def test_ranks_that_disagree_are_found_out(seed: int) -> None:
         lane.forward([Window(2, (4, 5), 1)])
     ranks.close()
     assert [type(error) for error in ranks.errors] == [PearlWorkerError]
+
+
+def test_a_call_inside_another_one_is_refused_and_the_next_one_is_not() -> None:
+    part, ranks = over_ranks(tiny_model("llama", 1), 2)
+    try:
+        with turns(part, None), pytest.raises(RuntimeError, match="target lies on 2 ranks, which follow one call"):
+            turns(None, part).__enter__()
+        with turns(part, part):
+            pass
+    finally:
+        ranks.close()
 
 
 def test_a_part_cannot_be_called_by_itself() -> None:

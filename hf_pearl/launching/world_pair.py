@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from ..errors import PearlWorkerError
 from ..pair import load_model
 from ..parallel.ranks.follower import Follower
-from ..parallel.ranks.lane import Leader, lead
+from ..parallel.ranks.lane import lead
+from ..parallel.ranks.leader import Leader
 from ..parallel.ranks.linked_draft import LinkedDraft
 from ..parallel.ranks.linked_server import LinkedServer
 from ..parallel.ranks.models import link, stand_in

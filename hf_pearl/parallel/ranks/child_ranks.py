@@ -163,7 +163,7 @@ class ChildRanks:
                 f"the ranks of the {self.lane} lane have been closed, or belong to another process: `launch` it again."
             )
         ended = [child.why_it_ended() for child in self._children if child.has_ended]
-        if self._children and not ended:
+        if self._children and self._collectives is not None and not ended:
             return False
         if ended:
             logger.warning(f"The ranks of the {self.lane} lane are started anew: {'; '.join(ended)}")

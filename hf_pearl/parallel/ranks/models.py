@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..tensor_parallel import load_shard
 from ..tensor_parallel.sharding import part_of
 from .child_ranks import ChildRanks
-from .lane import Leader, lead, leader_of
+from .lane import lead, leader_of
+from .leader import Leader
 from .linked_draft import LinkedDraft
 from .wire import RankModel
 
