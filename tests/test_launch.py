@@ -33,7 +33,7 @@ from test_processes import is_gone, wait_for
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, pipeline
 
 import hf_pearl
-from hf_pearl import LaunchedPair, PearlConfig, PearlWorkerError
+from hf_pearl import LaunchedPair, PearlConfig, PearlUnsupportedModelError, PearlWorkerError
 from hf_pearl.benchmark.near_tie import first_difference, is_near_tie
 from hf_pearl.pair import demo_pair_folder
 from hf_pearl.parallel import heartbeat
@@ -258,6 +258,18 @@ def test_what_a_part_cannot_do_is_refused(launched: LaunchedPair, saved: Saved) 
 def test_bad_sizes_are_refused(arguments: Any, error: type[Exception], message: str, saved: Saved) -> None:
     with pytest.raises(error, match=message):
         hf_pearl.launch(*saved.folders, **arguments)
+
+
+@pytest.mark.parametrize("part", ["target", "draft"])
+def test_a_model_that_cannot_be_cut_is_refused_before_anything_starts(part: str, saved: Saved, tmp_path: Path) -> None:
+    tiny_model("gpt2", 3).save_pretrained(tmp_path)
+    options: dict[str, Any] = {"target": saved.folders[0], "draft": saved.folders[1], part: tmp_path}
+    options["dtype"] = torch.float64
+    before = set(psutil.Process().children())
+    with pytest.raises(PearlUnsupportedModelError, match=rf"`{part}_tp` is 2, and GPT2.* cannot be cut.*one rank"):
+        hf_pearl.launch(**options, **{f"{part}_tp": 2})
+    assert set(psutil.Process().children()) == before
+    hf_pearl.launch(**options).close()  # In one piece it will do.
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from ..parallel.ranks.shared_collectives import HAS_EVENTS
 from ..parallel.ranks.wire import RankModel
 from ..parallel.ranks.world import in_world
 from ..parallel.tensor_parallel import find_folder
+from .checks import check_model
 from .launched_pair import LaunchedPair
 from .world_pair import WorldPair
 
@@ -57,8 +58,8 @@ def launch(
     FileNotFoundError
         There are no weights in safetensors.
     NotImplementedError
-        Several ranks on another system than Linux, or on GPUs without `torchrun`; or a model that cannot be cut
-        (`PearlUnsupportedModelError`).
+        Several ranks on another system than Linux, or on GPUs without `torchrun`; or several of a target or a draft
+        that cannot be cut (`PearlUnsupportedModelError`).
     PearlWorkerError
         A rank could not be started.
     """
@@ -80,8 +81,9 @@ def launch(
 
 
 def _rank_model(name: str | Path, dtype: torch.dtype, lane: str, size: int, num_threads: int) -> RankModel:
-    folder = str(find_folder(name).resolve())  # Whatever is downloaded, this process does it, once.
-    return RankModel(folder, str(dtype).removeprefix("torch."), lane, size, num_threads)
+    folder = find_folder(name).resolve()  # Whatever is downloaded, this process does it, once.
+    check_model(lane, folder, dtype, size)
+    return RankModel(str(folder), str(dtype).removeprefix("torch."), lane, size, num_threads)
 
 
 def _check_ranks_here(device: torch.device, num_ranks: int) -> None:
