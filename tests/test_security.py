@@ -190,7 +190,7 @@ def test_nothing_is_unpickled_but_the_model_at_start_up() -> None:
     unpickled = re.compile(r"\b(pickle|marshal|dill|shelve)\.(load|loads|Unpickler|open)$|\btorch\.load$|^(eval|exec)$")
     found = {(path.name, name) for path in SOURCES for name, what, _ in calls_in(path) if unpickled.search(what)}
     assert found == {("worker.py", "main"), ("shipping.py", "build")}
-    text = (ROOT / "hf_pearl" / "parallel" / "worker.py").read_text("utf-8")
+    text = (ROOT / "hf_pearl" / "parallel" / "workers" / "worker.py").read_text("utf-8")
     assert text.index("pickle.load(") < text.index("build(shipment") < text.index("server.serve()")
 
 
