@@ -253,11 +253,62 @@ def test_what_a_part_cannot_do_is_refused(launched: LaunchedPair, saved: Saved) 
         pytest.param({"target_tp": 0}, ValueError, "`target_tp` must be a number of ranks", id="none"),
         pytest.param({"draft_tp": True}, ValueError, "`draft_tp` must be a number of ranks", id="no number"),
         pytest.param({"draft_tp": 1.5}, ValueError, "`draft_tp` must be a number of ranks", id="half a rank"),
+        ({"dtype": "auto"}, TypeError, r"`dtype` must be .*torch\.bfloat16, or None, got 'auto'"),
+        ({"dtype": "foo"}, TypeError, "`dtype` must be .*got 'foo'"),
+        ({"dtype": 3.0}, TypeError, r"`dtype` must be .*got 3\.0"),
+        ({"dtype": torch.int64}, TypeError, r"`dtype` must be .*got torch\.int64"),
+        ({"device": "gpu"}, ValueError, "`device` names no device that torch knows, got 'gpu'.*Give"),
+        ({"device": "meta"}, ValueError, "`device` must be one that computes, got 'meta'.*Give"),
+        ({"device": "cuda:99"}, ValueError, "`device` asks for cuda:99, and this machine has .*Name a device"),
+        ({"device": 7.0}, TypeError, r"`device` must be a device of torch, got 7\.0.*Give"),
+        ({"target": None}, TypeError, "`target` must be a folder or a name on the Hub, got None"),
+        ({"target": 5}, TypeError, "`target` must be a folder or a name on the Hub, got 5"),
+        ({"draft": 5}, TypeError, "`draft` must be a folder or a name on the Hub, got 5"),
+        ({"target": "/no/such"}, ValueError, "`target` must be a folder, or a name .*reached, got '/no/such'"),
+        ({"draft": "no/such-model"}, ValueError, "`draft` must be a folder, or a name .*reached, got 'no/such-model'"),
     ],
 )
-def test_bad_sizes_are_refused(arguments: Any, error: type[Exception], message: str, saved: Saved) -> None:
+@pytest.mark.parametrize("target_tp", [1, 2])
+def test_bad_arguments_are_refused_by_name_before_anything_starts(
+    arguments: Any, error: type[Exception], message: str, target_tp: int, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: Any, **__: Any) -> None:
+        raise AssertionError("something starts")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    given = {"target": saved.folders[0], "draft": saved.folders[1], "target_tp": target_tp, **arguments}
     with pytest.raises(error, match=message):
-        hf_pearl.launch(*saved.folders, **arguments)
+        hf_pearl.launch(**given)
+
+
+def test_a_model_that_is_loaded_is_refused(saved: Saved) -> None:
+    model: Any = saved.target
+    for arguments in ((model, saved.folders[1]), (saved.folders[0], model)):
+        with pytest.raises(TypeError, match=r"must be a folder .*got a LlamaForCausalLM\. Every rank loads"):
+            hf_pearl.launch(*arguments, target_tp=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
+@pytest.mark.parametrize("target_tp", [1, 2])
+def test_a_gpu_that_is_not_there_is_refused(target_tp: int, saved: Saved) -> None:
+    with pytest.raises(ValueError, match="`device` asks for cuda, and this machine has no device of the kind 'cuda'"):
+        hf_pearl.launch(*saved.folders, target_tp=target_tp, device="cuda")
+
+
+@pytest.mark.parametrize("part", ["target", "draft"])
+@pytest.mark.parametrize(
+    ("content", "cure"),
+    [(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"", "Download"), (b"junk" * 9, "Download")],
+)
+def test_files_that_hold_no_weights_are_refused(
+    content: bytes, cure: str, part: str, saved: Saved, tmp_path: Path
+) -> None:
+    saved.target.config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    given = {"target": saved.folders[0], "draft": saved.folders[1], part: tmp_path}
+    for act in (hf_pearl.launch, hf_pearl.plan):
+        with pytest.raises(ValueError, match=rf"`{part}`: .*model\.safetensors is no file of safetensors: .*{cure}"):
+            act(**given)
 
 
 @pytest.mark.parametrize("part", ["target", "draft"])
@@ -273,7 +324,7 @@ def test_a_model_that_cannot_be_cut_is_refused_before_anything_starts(part: str,
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"`target`: .*model\.safetensors.*save_pretrained"):
         hf_pearl.launch(tmp_path, target_tp=2)
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..pair import default_device, load_model
+from ..pair import load_model
 from ..parallel.cores import available_cores
 from ..parallel.ranks.models import load_first_part, stand_in
 from ..parallel.ranks.shared_collectives import HAS_EVENTS
 from ..parallel.ranks.wire import RankModel
 from ..parallel.ranks.world import in_world
-from ..parallel.tensor_parallel import find_folder
-from .checks import check_model
+from .checks import check_model, check_size, check_source, checked_device, checked_dtype, checked_folder
 from .launched_pair import LaunchedPair
 from .world_pair import WorldPair
 
@@ -53,8 +52,9 @@ def launch(
 
     Raises
     ------
-    ValueError
-        A number of ranks is none, or not what `torchrun` has started.
+    TypeError, ValueError
+        An argument that makes no sense; a model or a device that is not there; files that are not what their names say;
+        or another number of ranks than `torchrun` has started.
     FileNotFoundError
         There are no weights in safetensors.
     NotImplementedError
@@ -63,11 +63,13 @@ def launch(
     PearlWorkerError
         A rank could not be started.
     """
-    for name, size in (("target_tp", target_tp), ("draft_tp", draft_tp)):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"`{name}` must be a number of ranks, 1 or more; got {size!r}.")
-    device = default_device() if device is None else torch.device(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    check_source("target", target)
+    if draft is not None:
+        check_source("draft", draft)
+    check_size("target_tp", target_tp)
+    check_size("draft_tp", draft_tp)
+    device = checked_device(device)
+    dtype = checked_dtype(dtype, device)
     num_ranks = target_tp + (draft_tp if draft is not None else 0)
     num_threads = max(1, len(available_cores()) // num_ranks)
     target_model = _rank_model(target, dtype, "target", target_tp, num_threads)
@@ -81,7 +83,7 @@ def launch(
 
 
 def _rank_model(name: str | Path, dtype: torch.dtype, lane: str, size: int, num_threads: int) -> RankModel:
-    folder = find_folder(name).resolve()  # Whatever is downloaded, this process does it, once.
+    folder = checked_folder(lane, name)  # Whatever is downloaded, this process does it, once.
     check_model(lane, folder, dtype, size)
     return RankModel(str(folder), str(dtype).removeprefix("torch."), lane, size, num_threads)
 
