@@ -200,6 +200,9 @@ def test_remote_code_is_never_trusted_for_the_user() -> None:
     }
     assert len(keywords) > 100
     assert {value for name, value in keywords if name == "trust_remote_code"} <= {"False"}
+    asked = [node for path in SOURCES for _, what, node in calls_in(path) if what == "AutoConfig.from_pretrained"]
+    assert len(asked) >= 3  # Nobody is asked whether to trust what a folder says: ranks have no standard input.
+    assert all("trust_remote_code" in {each.arg for each in node.keywords} for node in asked)
 
 
 def test_remote_code_does_not_travel_to_a_worker() -> None:

@@ -50,7 +50,7 @@ def stand_in(model: RankModel, inputs_on: torch.device | None = None) -> PreTrai
     inputs_on : torch.device or None
         What it says as its `device`, where pipelines over it put their inputs; None: the meta device.
     """
-    config = AutoConfig.from_pretrained(model.name)
+    config = AutoConfig.from_pretrained(model.name, trust_remote_code=False)
     with torch.device("meta"):
         standing: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.torch_dtype).eval()
     if inputs_on is not None:  # A model's device is that of its first parameter.

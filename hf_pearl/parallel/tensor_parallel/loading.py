@@ -68,7 +68,7 @@ def load_shard(
         whole = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype or "auto")
         return whole.to(device).eval()
     folder = find_folder(name, revision)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = _without_memory(config, dtype)
     plan = make_plan(model, rank, size)
     compute_buffers(model, torch.device(device))
