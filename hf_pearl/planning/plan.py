@@ -14,10 +14,12 @@ from ..arguments import check_arguments
 from ..cache.sizing import main_memory
 from ..cache.support import check_supported
 from ..config import PearlConfig
+from ..errors import PearlUnsupportedModelError
 from ..model_devices import devices_of
 from ..models import unwrap
 from ..parallel.placement import MIN_TOKENS, stays
 from ..parallel.ranks.models import check_whole
+from ..parallel.tensor_parallel.plan import make_plan
 from ..tuning import Tuning
 from .footprint import Footprint
 from .planner import ASSUMED_ACCEPTANCE, LanePlan, split
@@ -80,6 +82,10 @@ class Plan:
         How `hf_pearl.launch` would divide the devices; None where that brings nothing.
     is_here : bool
         Whether `devices` are those of this machine.
+    dtype : torch.dtype or None
+        That was asked for, for models given by name; None: each in its own.
+    min_tokens : int
+        For which room was asked for in the caches.
     """
 
     devices: tuple[Device, ...]
@@ -88,6 +94,8 @@ class Plan:
     num_tokens: int
     tensor_parallel: TensorParallelSplit | None
     is_here: bool
+    dtype: torch.dtype | None
+    min_tokens: int
 
     @property
     def config(self) -> PearlConfig:
@@ -169,7 +177,9 @@ def plan(
         )
     ]
     parallel = _tensor_parallel(machine, prints, num_tokens, measured)
-    return Plan(machine, planned[0], planned[1], found.num_tokens, parallel, devices is None)
+    if parallel is not None and not _can_be_cut(models[0][0], models[1][0], parallel):
+        parallel = None
+    return Plan(machine, planned[0], planned[1], found.num_tokens, parallel, devices is None, dtype, num_tokens)
 
 
 def _model(argument: str, given: Any, dtype: torch.dtype | None) -> tuple[PreTrainedModel, int | None]:
@@ -236,3 +246,14 @@ def _tensor_parallel(
         seconds = measured.target_forward_seconds, measured.draft_step_seconds
     found = tensor_parallel_split(accelerators, prints[0], prints[1], num_tokens, acceptance, seconds)
     return None if found is None or found.target_tp + found.draft_tp == 2 else found
+
+
+def _can_be_cut(target: PreTrainedModel, draft: PreTrainedModel, found: TensorParallelSplit) -> bool:
+    """Whether `hf_pearl.launch` would take both models on so many ranks."""
+    try:
+        for model, size in ((target, found.target_tp), (draft, found.draft_tp)):
+            if size > 1:
+                make_plan(model, 0, size)
+    except PearlUnsupportedModelError:
+        return False
+    return True
