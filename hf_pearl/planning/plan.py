@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..arguments import check_arguments
-from ..cache.sizing import main_memory
 from ..cache.support import check_supported
 from ..config import PearlConfig
 from ..errors import PearlUnsupportedModelError
@@ -24,7 +23,7 @@ from ..tuning import Tuning
 from .footprint import Footprint
 from .planner import ASSUMED_ACCEPTANCE, LanePlan, split
 from .tensor_parallel_split import TensorParallelSplit, tensor_parallel_split
-from .topology import Device, parse_topology, present_devices
+from .topology import Device, other_device, parse_topology, present_devices
 from .unloaded import unloaded
 
 MAX_TOKENS = 2**40
@@ -99,8 +98,13 @@ class Plan:
 
     @property
     def config(self) -> PearlConfig:
-        """The settings that ask for this placement."""
-        return PearlConfig(target_devices=list(self.target.lane.devices), draft_devices=list(self.draft.lane.devices))
+        """The settings that ask for this placement, or leave a model that is partly offloaded where it is."""
+        asked: dict[str, Any] = {}
+        for part, model in (("target", self.target), ("draft", self.draft)):
+            devices = model.lane.devices
+            is_one_kind = len({name.partition(":")[0] for name in devices}) == 1
+            asked[f"{part}_devices"] = list(devices) if is_one_kind else "auto"
+        return PearlConfig(**asked)
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Load target and draft straight onto their devices, in evaluation mode.
@@ -219,8 +223,8 @@ def _machine(
         draft_devices = devices_of(unwrap(draft))
     places = [None if each is None else list(map(str, each)) for each in (target_devices, draft_devices)]
     names = {each.name for each in machine}
-    if any("cpu" in (place or ()) for place in places) and "cpu" not in names:
-        machine.append(Device("cpu", main_memory()))
+    others = dict.fromkeys(name for place in places for name in place or () if name not in names)
+    machine += [other_device(name, held.get(name, 0)) for name in others]
     return tuple(machine), (places[0], places[1])
 
 
