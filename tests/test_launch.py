@@ -533,6 +533,21 @@ def test_nothing_listens_and_nothing_is_left(saved: Saved) -> None:
 
 
 @pytest.mark.slow
+def test_all_ranks_compute_with_the_same_number_of_threads(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_pearl.launching.launch.available_cores", lambda: list(range(16)))
+    before, num_threads, seen = set(psutil.Process().children(recursive=True)), torch.get_num_threads(), []
+    with saved.launch(2, 2) as pair:
+        generate(pair, saved.inputs)
+        others = set(psutil.Process().children(recursive=True)) - before
+        assert [each.environ()["OMP_NUM_THREADS"] for each in others] == ["4"] * 3
+        torch.set_num_threads(8)
+        processors = LogitsProcessorList([AtToken(3, lambda: seen.append(torch.get_num_threads()))])
+        generate(pair, saved.inputs, assistant_model=None, logits_processor=processors)
+        assert seen == [4] and torch.get_num_threads() == 8
+        torch.set_num_threads(num_threads)
+
+
+@pytest.mark.slow
 def test_ranks_end_with_their_model(saved: Saved) -> None:
     target = hf_pearl.launch(saved.folders[0], target_tp=2, dtype=torch.float64).target
     process_ids = ranks_of(LaunchedPair(target, None)).process_ids

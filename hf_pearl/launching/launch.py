@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -71,7 +72,8 @@ def launch(
     device = checked_device(device)
     dtype = checked_dtype(dtype, device)
     num_ranks = target_tp + (draft_tp if draft is not None else 0)
-    num_threads = max(1, len(available_cores()) // num_ranks)
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)) if in_world() else num_ranks
+    num_threads = max(1, len(available_cores()) // num_here)
     target_model = _rank_model(target, dtype, "target", target_tp, num_threads)
     draft_model = None if draft is None else _rank_model(draft, dtype, "draft", draft_tp, num_threads)
     if in_world():

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import PearlWorkerError
 from ..pair import load_model
+from ..parallel.cores import leaving_cores
 from ..parallel.ranks.follower import Follower
 from ..parallel.ranks.lane import lead
 from ..parallel.ranks.leader import Leader
@@ -33,7 +34,7 @@ class WorldPair(LaunchedPair):
     """
 
     def __init__(self, target: RankModel, draft: RankModel | None, device: torch.device) -> None:
-        self._device = _own_device(device)
+        self._device, self._num_threads = _own_device(device), target.num_threads
         self._owns_world = not dist.is_initialized()
         if self._owns_world:
             dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
@@ -73,7 +74,7 @@ class WorldPair(LaunchedPair):
             follower = Follower(part, collectives)
             self._serve = lambda: follower.follow(groups.received_operations())
             return part
-        ranks = WorldRanks(groups)
+        ranks = WorldRanks(groups, model.num_threads)
         leader = Leader(ranks)
         part = load_shard(model.name, 0, model.size, leader.all_reduce, leader.all_gather, dtype=dtype, device=device)
         lead(part, leader)
@@ -90,7 +91,8 @@ class WorldPair(LaunchedPair):
         """
         if dist.get_rank() != 0:
             self._check_open()
-            self._serve()
+            with leaving_cores(self._num_threads):
+                self._serve()
             self._leave()
             return receive_output(self._everyone)
         try:

@@ -96,7 +96,7 @@ class ChildRanks:
     """
 
     def __init__(self, model: RankModel) -> None:
-        self.model, self.lane, self.size = model, model.lane, model.size
+        self.model, self.lane, self.size, self.num_threads = model, model.lane, model.size, model.num_threads
         self._kept = KeptInterrupts()
         self._interrupted: float | None = None
         self._owner = os.getpid()

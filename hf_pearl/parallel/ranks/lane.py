@@ -153,6 +153,12 @@ def num_ranks(model: torch.nn.Module) -> int:
     return 1 if leader is None else leader.size
 
 
+def num_threads(model: torch.nn.Module) -> int | None:
+    """How many threads every rank of a model takes; None of a model that is in one piece."""
+    leader = leader_of(model)
+    return None if leader is None else leader.ranks.num_threads
+
+
 def new_cache(model: PreTrainedModel, *arguments: Any, **options: Any) -> PagedPrefixCache:
     """`PagedPrefixCache` of a model, whether it is in one piece or not."""
     kind = LeadingCache if leader_of(model) is not None else PagedPrefixCache

@@ -23,6 +23,7 @@ class Ranks(Protocol):
 
     lane: str
     size: int
+    num_threads: int  # of each, this one included
 
     @property
     def collectives(self) -> Collectives:

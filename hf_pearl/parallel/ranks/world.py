@@ -67,9 +67,10 @@ class LaneGroups:
 class WorldRanks:
     """`lane.Ranks` of a lane in the world. A launcher ends all ranks when one has ended: nothing is restarted."""
 
-    def __init__(self, groups: LaneGroups) -> None:
+    def __init__(self, groups: LaneGroups, num_threads: int) -> None:
         assert groups.collectives is not None
         self.lane, self.size, self.collectives = groups.lane, groups.size, groups.collectives
+        self.num_threads = num_threads
         self._groups = groups
         self._failure = ""
 
