@@ -535,7 +535,8 @@ def test_nothing_listens_and_nothing_is_left(saved: Saved) -> None:
 @pytest.mark.slow
 def test_all_ranks_compute_with_the_same_number_of_threads(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_pearl.launching.launch.available_cores", lambda: list(range(16)))
-    before, num_threads, seen = set(psutil.Process().children(recursive=True)), torch.get_num_threads(), []
+    before, num_threads = set(psutil.Process().children(recursive=True)), torch.get_num_threads()
+    seen: list[int] = []
     with saved.launch(2, 2) as pair:
         generate(pair, saved.inputs)
         others = set(psutil.Process().children(recursive=True)) - before
