@@ -688,15 +688,16 @@ def test_it_uses_the_process_group_that_accelerate_has_made(saved: Saved, tmp_pa
 @pytest.mark.slow
 def test_torchrun_with_another_number_of_ranks_is_refused(saved: Saved, tmp_path: Path) -> None:
     text = textwrap.dedent(f"""
-        import hf_pearl, json, os
+        import hf_pearl, json, os, torch.distributed
         try:
             hf_pearl.launch({str(saved.folders[0])!r}, target_tp=3)
         except ValueError as error:
             with open(os.environ["RANK"] + ".json", "w") as file:
-                json.dump(str(error), file)
+                json.dump([str(error), torch.distributed.is_initialized()], file)
     """)
     (tmp_path / "script.py").write_text(text)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "script.py")]
     messages = run(launcher, tmp_path, cwd=tmp_path)
     assert set(messages) == {"0", "1"}
-    assert all("2 ranks run" in message and "3 + 0" in message for message in messages.values())
+    assert all("2 ranks run" in message and "3 + 0" in message for message, _ in messages.values())
+    assert not any(has_joined for _, has_joined in messages.values())  # No process group was left behind.

@@ -35,10 +35,10 @@ class WorldPair(LaunchedPair):
 
     def __init__(self, target: RankModel, draft: RankModel | None, device: torch.device) -> None:
         self._device, self._num_threads = _own_device(device), target.num_threads
+        _check_world(target, draft)
         self._owns_world = not dist.is_initialized()
         if self._owns_world:
             dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
-        _check_world(target, draft)
         self._link: LinkedDraft | None = None
         self._serve: Callable[[], None] = lambda: None
         self._leave: Callable[[], None] = lambda: None
@@ -127,9 +127,10 @@ class WorldPair(LaunchedPair):
 
 def _check_world(target: RankModel, draft: RankModel | None) -> None:
     sizes = target.size, 0 if draft is None else draft.size
-    if sum(sizes) != dist.get_world_size():
+    num_ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+    if sum(sizes) != num_ranks:
         raise ValueError(
-            f"{dist.get_world_size()} ranks run, and `target_tp` + `draft_tp` is {sizes[0]} + {sizes[1]}. "
+            f"{num_ranks} ranks run, and `target_tp` + `draft_tp` is {sizes[0]} + {sizes[1]}. "
             f"Start {sum(sizes)} (`torchrun --nproc-per-node {sum(sizes)}`), or choose other sizes."
         )
 
