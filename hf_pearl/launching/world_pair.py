@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from ..device_arguments import present
 from ..errors import PearlWorkerError
 from ..pair import load_model
 from ..parallel.cores import leaving_cores
@@ -36,6 +37,8 @@ class WorldPair(LaunchedPair):
     def __init__(self, target: RankModel, draft: RankModel | None, device: torch.device) -> None:
         self._device, self._num_threads = _own_device(device), target.num_threads
         _check_world(target, draft)
+        if self._device.type == "cuda":  # NCCL and whoever says "cuda" mean the current one.
+            torch.cuda.set_device(self._device)
         self._owns_world = not dist.is_initialized()
         if self._owns_world:
             dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
@@ -137,4 +140,6 @@ def _check_world(target: RankModel, draft: RankModel | None) -> None:
 
 def _own_device(device: torch.device) -> torch.device:
     """This rank's device: of CUDA devices without a number, the one that the launcher counts for it."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if str(device) == "cuda" else device
+    if str(device) != "cuda":
+        return device
+    return present("device", (torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))),))[0]
