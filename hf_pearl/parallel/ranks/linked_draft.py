@@ -13,8 +13,10 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
+from ...interrupts import KeptInterrupts
 from ..workers.records import MalformedRecordError, Message, Quit, Status, decode_status, encode_message, encode_status
 from ..workers.shared_memory import Channel, anonymous_memory
+from . import world
 from .draft_frames import unpack
 from .world import receive_words, send_words
 
@@ -53,7 +55,10 @@ class LinkedDraft:
         self._num_sent = 0
 
     def open(self) -> None:
-        """Listen, and send what has had to wait."""
+        """Listen, and send what has had to wait; nothing more where it has never left an earlier call."""
+        self._hear_out()
+        if self._thread is not None:
+            return
         self._thread = threading.Thread(target=self._listen, name="hf_pearl draft link", daemon=True)
         self._thread.start()
         waiting, self._waiting = self._waiting, []
@@ -71,11 +76,19 @@ class LinkedDraft:
         os.eventfd_write(self._news, 1)
 
     def close(self) -> None:
-        """Let the other side leave this call of `generate`, and hear it out."""
-        self.put(Quit())
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join()
+        """Let the other side leave this call of `generate`, and hear it out, or give it up."""
+        if self._thread is not None:
+            self._send(Quit())  # It waits for this also where it was given up for what it has sent.
+        self._hear_out()
+
+    def _hear_out(self) -> None:
+        if self._thread is None:
+            return
+        self._thread.join(world.ANSWER_SECONDS)
+        if self._thread.is_alive():
+            self.give_up(f"rank {self._other} has not left a call in {world.ANSWER_SECONDS:g} s")
+        else:
+            self._thread = None
 
     @property
     def status(self) -> Status | None:
@@ -106,11 +119,15 @@ class LinkedDraft:
         if self._thread is None:
             self._waiting.append(message)
         elif self.is_alive:
-            try:
-                send_words(encode_message(message), self._other, self._group)
-            except RuntimeError as error:
-                self.give_up(str(error))
+            self._send(message)
         return self._num_sent
+
+    def _send(self, message: Message) -> None:
+        try:
+            with KeptInterrupts():  # Half a message would be taken for the next one's beginning.
+                send_words(encode_message(message), self._other, self._group)
+        except RuntimeError as error:
+            self.give_up(str(error))
 
     def withdraw(self, first: int) -> bool:
         """Whether the messages from number `first` on were taken back: what is sent cannot be."""
@@ -128,8 +145,12 @@ class LinkedDraft:
             os.eventfd_read(self._news)
 
     def end(self) -> None:
-        """Give memory and descriptor back; harmless to repeat. Garbage collection does the same."""
-        self._free()
+        """Give memory and descriptor back; harmless to repeat. Garbage collection does the same.
+
+        A thread that still listens keeps them for as long as it does.
+        """
+        if self._thread is None:
+            self._free()
 
 
 def _free(channel: Channel, news: int) -> None:
