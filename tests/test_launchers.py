@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,38 @@ def test_two_hosts_share_the_ranks(launcher: str, sizes: tuple[int, int], saved:
             options += meeting
         commands.append(["-m", launcher, *options, path])
     assert run_together(commands, tmp_path) == dict.fromkeys("0123", expected_results(saved))
+
+
+LISTENERS = """
+import json, os
+import hf_pearl, psutil, torch
+pair = hf_pearl.launch({target!r}, {draft!r}, target_tp=2, dtype=torch.float64)
+prompt = torch.tensor([[1, 2, 3]])
+pair.generate(prompt, do_sample=False, max_new_tokens=4)
+
+def addresses(processes):
+    found = [each for process in processes for each in process.net_connections(kind="inet")]
+    return [each.laddr.ip for each in found if each.status == psutil.CONN_LISTEN or each.type == 2]
+
+if os.environ["RANK"] == "0":
+    launcher = psutil.Process(os.getppid())
+    with open("{folder}/0.json", "w") as file:
+        json.dump([addresses([launcher]), addresses(launcher.children(recursive=True))], file)
+pair.generate(prompt, do_sample=False, max_new_tokens=4)  # The others are still there.
+pair.close()
+"""
+
+
+@pytest.mark.slow
+def test_what_listens_under_torchrun_is_what_is_said(saved: Saved, tmp_path: Path) -> None:
+    text = LISTENERS.format(target=str(saved.folders[0]), draft=str(saved.folders[1]), folder=tmp_path)
+    command = ["-m", TORCHRUN, "--standalone", "--nproc-per-node", "3", write_script(tmp_path, text)]
+    of_launcher, of_ranks = run_together([command], tmp_path)["0"]
+    assert of_ranks and all(ip_address(each).is_loopback for each in of_ranks)
+    assert of_launcher and all(ip_address(each).is_unspecified for each in of_launcher)
+    rows = (ROOT / "SECURITY.md").read_text("utf-8").splitlines()
+    assert any(row.startswith("| gloo, NCCL | every rank | the interfaces that") for row in rows)
+    assert any(row.startswith("| TCPStore | the launcher | all interfaces, ") for row in rows)
 
 
 STOPPED = """
