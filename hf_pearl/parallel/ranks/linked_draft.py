@@ -32,6 +32,11 @@ class LinkedDraft:
         Of the target's first rank, which this is, and the draft's.
     other : int
         The draft's first rank, in the world.
+
+    Attributes
+    ----------
+    is_cut : bool
+        Whether nothing can be said to the other side any more, which has been given up then.
     """
 
     distributions: int | None = None
@@ -53,11 +58,12 @@ class LinkedDraft:
         self._thread: threading.Thread | None = None
         self._failure = ""
         self._num_sent = 0
+        self.is_cut = False
 
     def open(self) -> None:
-        """Listen, and send what has had to wait; nothing more where it has never left an earlier call."""
+        """Listen, and send what has had to wait."""
         self._hear_out()
-        if self._thread is not None:
+        if self.is_cut:
             return
         self._thread = threading.Thread(target=self._listen, name="hf_pearl draft link", daemon=True)
         self._thread.start()
@@ -72,12 +78,12 @@ class LinkedDraft:
                     part.store(self.channel)
                 os.eventfd_write(self._news, 1)
         except (RuntimeError, ValueError) as error:
-            self.give_up(str(error))
+            self.cut(str(error))
         os.eventfd_write(self._news, 1)
 
     def close(self) -> None:
         """Let the other side leave this call of `generate`, and hear it out, or give it up."""
-        if self._thread is not None:
+        if self._thread is not None and not self.is_cut:
             self._send(Quit())  # It waits for this also where it was given up for what it has sent.
         self._hear_out()
 
@@ -86,7 +92,7 @@ class LinkedDraft:
             return
         self._thread.join(world.ANSWER_SECONDS)
         if self._thread.is_alive():
-            self.give_up(f"rank {self._other} has not left a call in {world.ANSWER_SECONDS:g} s")
+            self.cut(f"rank {self._other} has not left a call in {world.ANSWER_SECONDS:g} s")
         else:
             self._thread = None
 
@@ -113,10 +119,17 @@ class LinkedDraft:
         """Never use it again."""
         self._failure = self._failure or reason
 
+    def cut(self, reason: str) -> None:
+        """Never speak to it again."""
+        self.is_cut = True
+        self.give_up(reason)
+
     def put(self, message: Message) -> int:
         """Send a message; return its number. While nobody listens it waits."""
         self._num_sent += 1
-        if self._thread is None:
+        if self.is_cut:
+            pass
+        elif self._thread is None:
             self._waiting.append(message)
         elif self.is_alive:
             self._send(message)
@@ -127,7 +140,7 @@ class LinkedDraft:
             with KeptInterrupts():  # Half a message would be taken for the next one's beginning.
                 send_words(encode_message(message), self._other, self._group)
         except RuntimeError as error:
-            self.give_up(str(error))
+            self.cut(str(error))
 
     def withdraw(self, first: int) -> bool:
         """Whether the messages from number `first` on were taken back: what is sent cannot be."""
