@@ -276,7 +276,8 @@ def test_bad_arguments_are_refused_by_name_before_anything_starts(
         raise AssertionError("something starts")
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    given = {"target": saved.folders[0], "draft": saved.folders[1], "target_tp": target_tp, **arguments}
+    given: dict[str, Any] = {"target": saved.folders[0], "draft": saved.folders[1], "target_tp": target_tp}
+    given |= arguments
     with pytest.raises(error, match=message):
         hf_pearl.launch(**given)
 
@@ -305,8 +306,9 @@ def test_files_that_hold_no_weights_are_refused(
 ) -> None:
     saved.target.config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
-    given = {"target": saved.folders[0], "draft": saved.folders[1], part: tmp_path}
-    for act in (hf_pearl.launch, hf_pearl.plan):
+    given: dict[str, Any] = {"target": saved.folders[0], "draft": saved.folders[1], part: tmp_path}
+    acts: list[Callable[..., Any]] = [hf_pearl.launch, hf_pearl.plan]
+    for act in acts:
         with pytest.raises(ValueError, match=rf"`{part}`: .*model\.safetensors is no file of safetensors: .*{cure}"):
             act(**given)
 

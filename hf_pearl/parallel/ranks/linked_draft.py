@@ -127,9 +127,7 @@ class LinkedDraft:
     def put(self, message: Message) -> int:
         """Send a message; return its number. While nobody listens it waits."""
         self._num_sent += 1
-        if self.is_cut:
-            pass
-        elif self._thread is None:
+        if self._thread is None and not self.is_cut:
             self._waiting.append(message)
         elif self.is_alive:
             self._send(message)
