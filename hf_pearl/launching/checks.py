@@ -16,14 +16,19 @@ from ..parallel.tensor_parallel.plan import make_plan
 from ..planning.unloaded import first_line, unloaded
 
 
-def check_source(argument: str, source: Any) -> None:
-    """Raise `TypeError` for what is neither a folder nor a name."""
-    if isinstance(source, (str, Path)):
-        return
+def check_sources(target: Any, draft: Any) -> None:
+    """Raise `TypeError` for what is neither a folder nor a name; there need not be a draft."""
+    for argument, source in (("target", target), ("draft", draft)):
+        is_left_out = source is None and argument == "draft"
+        if not isinstance(source, (str, Path)) and not is_left_out:
+            raise _no_source(argument, source)
+
+
+def _no_source(argument: str, source: Any) -> TypeError:
     is_model = isinstance(source, PreTrainedModel)
     got = f"a {type(source).__name__}" if is_model else repr(source)
     cure = "Every rank loads its part itself: pass what the model was loaded from, or `save_pretrained` it to a folder."
-    raise TypeError(f"`{argument}` must be a folder or a name on the Hub, got {got}. {cure * is_model}".rstrip())
+    return TypeError(f"`{argument}` must be a folder or a name on the Hub, got {got}. {cure * is_model}".rstrip())
 
 
 def check_size(argument: str, size: Any) -> None:

@@ -14,7 +14,7 @@ from ..parallel.ranks.models import load_first_part, stand_in
 from ..parallel.ranks.shared_collectives import HAS_EVENTS
 from ..parallel.ranks.wire import RankModel
 from ..parallel.ranks.world import in_world
-from .checks import check_model, check_size, check_source, checked_device, checked_dtype, checked_folder
+from .checks import check_model, check_size, check_sources, checked_device, checked_dtype, checked_folder
 from .launched_pair import LaunchedPair
 from .world_pair import WorldPair
 
@@ -54,8 +54,8 @@ def launch(
     Raises
     ------
     TypeError, ValueError
-        An argument that makes no sense; a model or a device that is not there; files that are not what their names say;
-        or another number of ranks than `torchrun` has started.
+        An argument that makes no sense, a model or a device that is not there, or files that hold no weights; another
+        number of ranks than `torchrun` has started.
     FileNotFoundError
         There are no weights in safetensors.
     NotImplementedError
@@ -64,16 +64,13 @@ def launch(
     PearlWorkerError
         A rank could not be started.
     """
-    check_source("target", target)
-    if draft is not None:
-        check_source("draft", draft)
+    check_sources(target, draft)
     check_size("target_tp", target_tp)
     check_size("draft_tp", draft_tp)
     device = checked_device(device)
     dtype = checked_dtype(dtype, device)
     num_ranks = target_tp + (draft_tp if draft is not None else 0)
-    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)) if in_world() else num_ranks
-    num_threads = max(1, len(available_cores()) // num_here)
+    num_threads = _threads_per_rank(num_ranks)
     target_model = _rank_model(target, dtype, "target", target_tp, num_threads)
     draft_model = None if draft is None else _rank_model(draft, dtype, "draft", draft_tp, num_threads)
     if in_world():
@@ -82,6 +79,11 @@ def launch(
         _check_ranks_here(device, num_ranks)
     held_target = load_first_part(target_model) if target_tp > 1 else _load(target_model, device)
     return LaunchedPair(held_target, None if draft_model is None else _hold_draft(draft_model, device))
+
+
+def _threads_per_rank(num_ranks: int) -> int:
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)) if in_world() else num_ranks
+    return max(1, len(available_cores()) // num_here)
 
 
 def _rank_model(name: str | Path, dtype: torch.dtype, lane: str, size: int, num_threads: int) -> RankModel:
