@@ -225,7 +225,7 @@ def test_the_code_that_is_printed_makes_the_same_plan(seed: int, tmp_path: Path)
         target = tiny_model("llama", seed)
         tiny_model("llama", seed + 1, dtype=torch.float32).save_pretrained(tmp_path)
         names: dict[str, Any] = {"hf_pearl": hf_pearl, "torch": torch, "target": target}
-        names["inputs"] = {"input_ids": torch.tensor([[1, 2, 3]])}
+        names["inputs"] = {"input_ids": torch.tensor([[1, 2, 3]]), "max_new_tokens": 4}
         exec("\n".join(printed_code(plan(target, tmp_path, **options))), names)
         assert names["draft"].dtype == torch.float64
         hf_pearl.release(target)
