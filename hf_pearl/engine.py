@@ -40,7 +40,7 @@ from .parallel.inline import InlineDraft
 from .parallel.lane import output_vocab_size
 from .parallel.memory import cache_share
 from .parallel.probe import check_computed
-from .parallel.ranks.lane import Lane, assemble_ranks, new_cache, new_lane, num_ranks
+from .parallel.ranks.lane import Lane, assemble_ranks, new_cache, new_lane, num_ranks, num_threads, turns
 from .parallel.streams import on_lane_stream
 from .parallel.tensor_parallel import num_key_value_heads
 from .parallel.threads import ThreadDraft
@@ -93,7 +93,7 @@ class PearlEngine:
         tuple
             The requests, in the order of `prompts`, and what happened.
         """
-        with self.lock:
+        with self.lock, turns(target, draft):
             started = time.perf_counter()
             self._prepare_caches(target, draft, config)
             stats = PearlStats(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
@@ -106,7 +106,7 @@ class PearlEngine:
                 self._sound_caches(),
                 target_lane.ready(),
                 on_lane_stream(target_lane.device),
-                leaving_cores(num_ranks(target)) as cores,
+                leaving_cores(num_threads(target)) as cores,
                 self._draft(target_lane, draft, requests, rules, config, stats, cores, interrupts) as runner,
                 interrupts.let_through(),
             ):
@@ -204,7 +204,7 @@ class PearlEngine:
             return
         stats.execution = execution = for_hooks(execution, config, target_lane.model, draft)
         vocab_size = output_vocab_size(target_lane.model)
-        cores.leave(1 if execution == "processes" else 0)
+        cores.leave(self.workers.worker.num_cores if execution == "processes" and self.workers.worker else 0)
         runner = self._runner(execution, draft, vocab_size, rules, config, interrupts)
         try:
             self._admit(runner, draft, requests)

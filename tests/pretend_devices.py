@@ -319,6 +319,16 @@ def check_shared_weights() -> None:
     assert _device_names([*devices_of(target), *devices_of(draft)]) == ["cpu", "cpu"]
 
 
+def check_plan() -> None:
+    """A plan of models on devices that are not CUDA's says where they lie."""
+    target, draft = tiny_model("llama", 15), tiny_model("llama", 16)
+    target.to("pretend:1")
+    found = hf_pearl.plan(target, draft)
+    assert (found.target.lane.devices, found.draft.lane.devices) == (("pretend:1",), ("cpu",))
+    assert "The target goes to pretend:1" in str(found)
+    assert _device_names(found.config.target_devices) == ["pretend:1"]
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     "same tokens, llama": lambda: check_same_tokens("llama", 5),
     "same tokens, gpt2": lambda: check_same_tokens("gpt2", 2),
@@ -327,6 +337,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "a failed move": check_failed_move,
     "moved by its user": check_user_moves_it,
     "shared weights": check_shared_weights,
+    "a plan": check_plan,
 }
 
 

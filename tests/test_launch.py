@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from test_processes import is_gone, wait_for
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, pipeline
 
 import hf_pearl
-from hf_pearl import LaunchedPair, PearlConfig, PearlWorkerError
+from hf_pearl import LaunchedPair, PearlConfig, PearlUnsupportedModelError, PearlWorkerError
 from hf_pearl.benchmark.near_tie import first_difference, is_near_tie
 from hf_pearl.pair import demo_pair_folder
 from hf_pearl.parallel import heartbeat
@@ -208,6 +209,24 @@ def test_the_target_is_used_like_any_model(launched: LaunchedPair, saved: Saved)
     assert pipeline("text-generation", model=launched.target, tokenizer=tokenizer)(texts, **greedy) == expected_texts
 
 
+@pytest.mark.parametrize("num_calls", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_threads_with_and_without_the_draft_take_turns_on_the_ranks(
+    num_calls: int, launched: LaunchedPair, saved: Saved
+) -> None:
+    """Each has an engine and a cache of its own, and both lead the same ranks."""
+    compare_ranks(launched)
+    expected = saved.expected().sequences.tolist()
+    assert generate(launched, saved.inputs).sequences.tolist() == expected
+    process_ids = ranks_of(launched).process_ids
+
+    def work(options: dict[str, Any]) -> list[Any]:
+        return [generate(launched, saved.inputs, **options).sequences.tolist() for _ in range(num_calls)]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, [{}, {"assistant_model": None}])) == [[expected] * num_calls] * 2
+    assert ranks_of(launched).process_ids == process_ids
+
+
 def test_what_a_part_cannot_do_is_refused(launched: LaunchedPair, saved: Saved) -> None:
     with pytest.raises(RuntimeError, match="one of 2 parts"):
         launched.target(input_ids=torch.tensor([[1]]))
@@ -234,15 +253,80 @@ def test_what_a_part_cannot_do_is_refused(launched: LaunchedPair, saved: Saved) 
         pytest.param({"target_tp": 0}, ValueError, "`target_tp` must be a number of ranks", id="none"),
         pytest.param({"draft_tp": True}, ValueError, "`draft_tp` must be a number of ranks", id="no number"),
         pytest.param({"draft_tp": 1.5}, ValueError, "`draft_tp` must be a number of ranks", id="half a rank"),
+        ({"dtype": "auto"}, TypeError, r"`dtype` must be .*torch\.bfloat16, or None, got 'auto'"),
+        ({"dtype": "foo"}, TypeError, "`dtype` must be .*got 'foo'"),
+        ({"dtype": 3.0}, TypeError, r"`dtype` must be .*got 3\.0"),
+        ({"dtype": torch.int64}, TypeError, r"`dtype` must be .*got torch\.int64"),
+        ({"device": "gpu"}, ValueError, "`device` names no device that torch knows, got 'gpu'.*Give"),
+        ({"device": "meta"}, ValueError, "`device` must be one that computes, got 'meta'.*Give"),
+        ({"device": "cuda:99"}, ValueError, "`device` asks for cuda:99, and this machine has .*Name a device"),
+        ({"device": 7.0}, TypeError, r"`device` must be a device of torch, got 7\.0.*Give"),
+        ({"target": None}, TypeError, "`target` must be a folder or a name on the Hub, got None"),
+        ({"target": 5}, TypeError, "`target` must be a folder or a name on the Hub, got 5"),
+        ({"draft": 5}, TypeError, "`draft` must be a folder or a name on the Hub, got 5"),
+        ({"target": "/no/such"}, ValueError, "`target` must be a folder, or a name .*reached, got '/no/such'"),
+        ({"draft": "no/such-model"}, ValueError, "`draft` must be a folder, or a name .*reached, got 'no/such-model'"),
     ],
 )
-def test_bad_sizes_are_refused(arguments: Any, error: type[Exception], message: str, saved: Saved) -> None:
+@pytest.mark.parametrize("target_tp", [1, 2])
+def test_bad_arguments_are_refused_by_name_before_anything_starts(
+    arguments: Any, error: type[Exception], message: str, target_tp: int, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: Any, **__: Any) -> None:
+        raise AssertionError("something starts")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    given: dict[str, Any] = {"target": saved.folders[0], "draft": saved.folders[1], "target_tp": target_tp}
+    given |= arguments
     with pytest.raises(error, match=message):
-        hf_pearl.launch(*saved.folders, **arguments)
+        hf_pearl.launch(**given)
+
+
+def test_a_model_that_is_loaded_is_refused(saved: Saved) -> None:
+    model: Any = saved.target
+    for arguments in ((model, saved.folders[1]), (saved.folders[0], model)):
+        with pytest.raises(TypeError, match=r"must be a folder .*got a LlamaForCausalLM\. Every rank loads"):
+            hf_pearl.launch(*arguments, target_tp=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
+@pytest.mark.parametrize("target_tp", [1, 2])
+def test_a_gpu_that_is_not_there_is_refused(target_tp: int, saved: Saved) -> None:
+    with pytest.raises(ValueError, match="`device` asks for cuda, and this machine has no device of the kind 'cuda'"):
+        hf_pearl.launch(*saved.folders, target_tp=target_tp, device="cuda")
+
+
+@pytest.mark.parametrize("part", ["target", "draft"])
+@pytest.mark.parametrize(
+    ("content", "cure"),
+    [(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"", "Download"), (b"junk" * 9, "Download")],
+)
+def test_files_that_hold_no_weights_are_refused(
+    content: bytes, cure: str, part: str, saved: Saved, tmp_path: Path
+) -> None:
+    saved.target.config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    given: dict[str, Any] = {"target": saved.folders[0], "draft": saved.folders[1], part: tmp_path}
+    acts: list[Callable[..., Any]] = [hf_pearl.launch, hf_pearl.plan]
+    for act in acts:
+        with pytest.raises(ValueError, match=rf"`{part}`: .*model\.safetensors is no file of safetensors: .*{cure}"):
+            act(**given)
+
+
+@pytest.mark.parametrize("part", ["target", "draft"])
+def test_a_model_that_cannot_be_cut_is_refused_before_anything_starts(part: str, saved: Saved, tmp_path: Path) -> None:
+    tiny_model("gpt2", 3).save_pretrained(tmp_path)
+    options: dict[str, Any] = {"target": saved.folders[0], "draft": saved.folders[1], part: tmp_path}
+    options["dtype"] = torch.float64
+    before = set(psutil.Process().children())
+    with pytest.raises(PearlUnsupportedModelError, match=rf"`{part}_tp` is 2, and GPT2.* cannot be cut.*one rank"):
+        hf_pearl.launch(**options, **{f"{part}_tp": 2})
+    assert set(psutil.Process().children()) == before
+    hf_pearl.launch(**options).close()  # In one piece it will do.
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"`target`: .*model\.safetensors.*save_pretrained"):
         hf_pearl.launch(tmp_path, target_tp=2)
 
 
@@ -451,6 +535,22 @@ def test_nothing_listens_and_nothing_is_left(saved: Saved) -> None:
 
 
 @pytest.mark.slow
+def test_all_ranks_compute_with_the_same_number_of_threads(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_pearl.launching.launch.available_cores", lambda: list(range(16)))
+    before, num_threads = set(psutil.Process().children(recursive=True)), torch.get_num_threads()
+    seen: list[int] = []
+    with saved.launch(2, 2) as pair:
+        generate(pair, saved.inputs)
+        others = set(psutil.Process().children(recursive=True)) - before
+        assert [each.environ()["OMP_NUM_THREADS"] for each in others] == ["4"] * 3
+        torch.set_num_threads(8)
+        processors = LogitsProcessorList([AtToken(3, lambda: seen.append(torch.get_num_threads()))])
+        generate(pair, saved.inputs, assistant_model=None, logits_processor=processors)
+        assert seen == [4] and torch.get_num_threads() == 8
+        torch.set_num_threads(num_threads)
+
+
+@pytest.mark.slow
 def test_ranks_end_with_their_model(saved: Saved) -> None:
     target = hf_pearl.launch(saved.folders[0], target_tp=2, dtype=torch.float64).target
     process_ids = ranks_of(LaunchedPair(target, None)).process_ids
@@ -590,15 +690,16 @@ def test_it_uses_the_process_group_that_accelerate_has_made(saved: Saved, tmp_pa
 @pytest.mark.slow
 def test_torchrun_with_another_number_of_ranks_is_refused(saved: Saved, tmp_path: Path) -> None:
     text = textwrap.dedent(f"""
-        import hf_pearl, json, os
+        import hf_pearl, json, os, torch.distributed
         try:
             hf_pearl.launch({str(saved.folders[0])!r}, target_tp=3)
         except ValueError as error:
             with open(os.environ["RANK"] + ".json", "w") as file:
-                json.dump(str(error), file)
+                json.dump([str(error), torch.distributed.is_initialized()], file)
     """)
     (tmp_path / "script.py").write_text(text)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "script.py")]
     messages = run(launcher, tmp_path, cwd=tmp_path)
     assert set(messages) == {"0", "1"}
-    assert all("2 ranks run" in message and "3 + 0" in message for message in messages.values())
+    assert all("2 ranks run" in message and "3 + 0" in message for message, _ in messages.values())
+    assert not any(has_joined for _, has_joined in messages.values())  # No process group was left behind.

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from models import enabled_for_tiny_models, noisy_copy, random_prompts, tiny_model, tiny_tokenizer
 from test_launch import NEW_TOKENS, ROOT, RUN_SECONDS, Saved, expected_results, save, script
 from transformers import pipeline
@@ -128,6 +130,38 @@ def test_two_hosts_share_the_ranks(launcher: str, sizes: tuple[int, int], saved:
     assert run_together(commands, tmp_path) == dict.fromkeys("0123", expected_results(saved))
 
 
+LISTENERS = """
+import json, os
+import hf_pearl, psutil, torch
+pair = hf_pearl.launch({target!r}, {draft!r}, target_tp=2, dtype=torch.float64)
+prompt = torch.tensor([[1, 2, 3]])
+pair.generate(prompt, do_sample=False, max_new_tokens=4)
+
+def addresses(processes):
+    found = [each for process in processes for each in process.net_connections(kind="inet")]
+    return [each.laddr.ip for each in found if each.status == psutil.CONN_LISTEN or each.type == 2]
+
+if os.environ["RANK"] == "0":
+    launcher = psutil.Process(os.getppid())
+    with open("{folder}/0.json", "w") as file:
+        json.dump([addresses([launcher]), addresses(launcher.children(recursive=True))], file)
+pair.generate(prompt, do_sample=False, max_new_tokens=4)  # The others are still there.
+pair.close()
+"""
+
+
+@pytest.mark.slow
+def test_what_listens_under_torchrun_is_what_is_said(saved: Saved, tmp_path: Path) -> None:
+    text = LISTENERS.format(target=str(saved.folders[0]), draft=str(saved.folders[1]), folder=tmp_path)
+    command = ["-m", TORCHRUN, "--standalone", "--nproc-per-node", "3", write_script(tmp_path, text)]
+    of_launcher, of_ranks = run_together([command], tmp_path)["0"]
+    assert of_ranks and all(ip_address(each).is_loopback for each in of_ranks)
+    assert of_launcher and all(ip_address(each).is_unspecified for each in of_launcher)
+    rows = (ROOT / "SECURITY.md").read_text("utf-8").splitlines()
+    assert any(row.startswith("| gloo, NCCL | every rank | the interfaces that") for row in rows)
+    assert any(row.startswith("| TCPStore | the launcher | all interfaces, ") for row in rows)
+
+
 STOPPED = """
 import json, os, signal
 import hf_pearl, torch
@@ -169,6 +203,55 @@ def test_a_rank_that_stands_still_is_given_up(saved: Saved, tmp_path: Path) -> N
     assert "of the target lane" in found["1"]
 
 
+STOPPED_DRAFT = """
+import json, os, signal
+import hf_pearl, torch
+from hf_pearl.parallel.ranks import world
+from transformers import LogitsProcessorList
+world.ANSWER_SECONDS = 3.0
+pair = hf_pearl.launch({target!r}, {draft!r}, target_tp={target_tp}, dtype=torch.float64)
+rank, num_ranks = int(os.environ["RANK"]), {target_tp} + 1
+with open(f"{folder}/pid.{{rank}}", "w") as file:
+    file.write(str(os.getpid()))
+options = dict(max_new_tokens={new}, do_sample=False, pearl=hf_pearl.PearlConfig(draft_length=4))
+prompt = torch.tensor([[1, 2, 3]])
+pair.generate(prompt, **options)  # All files are there then.
+
+def tell_the_draft(number):
+    with open(f"{folder}/pid.{{num_ranks - 1}}") as file:
+        os.kill(int(file.read()), number)
+
+def stop(input_ids, scores):
+    if input_ids.shape[1] == 6:
+        tell_the_draft(signal.SIGSTOP)
+    return scores
+
+outputs = []
+try:
+    outputs.append(pair.generate(prompt, logits_processor=LogitsProcessorList([stop]), **options).tolist())
+    outputs.append(pair.generate(prompt, **options).tolist())
+except hf_pearl.PearlWorkerError as error:
+    outputs.append(str(error))
+if rank == 0:
+    tell_the_draft(signal.SIGCONT)
+with open(f"{folder}/{{rank}}.json", "w") as file:
+    json.dump(outputs, file)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target_tp", [1, 2])
+def test_a_draft_that_stands_still_is_given_up_and_costs_no_token(target_tp: int, saved: Saved, tmp_path: Path) -> None:
+    names = {"target": str(saved.folders[0]), "draft": str(saved.folders[1]), "folder": tmp_path, "new": NEW_TOKENS}
+    path = write_script(tmp_path, STOPPED_DRAFT.format(**names, target_tp=target_tp))
+    found = run_together([["-m", TORCHRUN, "--standalone", "--nproc-per-node", str(target_tp + 1), path]], tmp_path)
+    expected = saved.target.generate(torch.tensor([[1, 2, 3]]), do_sample=False, max_new_tokens=NEW_TOKENS).tolist()
+    *of_target, (of_draft,) = (found[str(rank)] for rank in range(target_tp + 1))
+    assert of_target == [[expected, expected]] * target_tp
+    assert "has given this draft up" in of_draft
+
+
 PIPELINES = """
 import json, os
 import hf_pearl, torch
@@ -193,6 +276,7 @@ for work in (lambda: hf_pearl.tune(pair.target, pair.draft, [[1, 2]]), lambda: h
 outputs.append(both[1](texts, **options))
 with open(f"{folder}/{{os.environ['RANK']}}.json", "w") as file:
     json.dump([outputs, errors], file)
+pair.close()
 pair.close()
 """
 

@@ -176,6 +176,7 @@ def pretended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "copies to the host",
         "a failed move",
         "moved by its user",
+        "a plan",
         "shared weights",
     ],
 )
@@ -214,6 +215,12 @@ def test_auto_moves_a_draft_to_a_gpu_of_its_own(free: list[float], expected: str
     devices = tuple(Device(f"cuda:{index}", int(size * GIB)) for index, size in enumerate(free))
     found = automatic_devices(devices, target, draft, (torch.device("cuda", 0),))
     assert found == (None if expected is None else (torch.device(expected),))
+
+
+def test_auto_moves_a_draft_beside_a_target_that_is_partly_offloaded(seed: int) -> None:
+    target, draft = tiny_model("llama", seed), tiny_model("llama", seed + 1, num_hidden_layers=1)
+    devices = tuple(Device(f"cuda:{index}", 20 * GIB) for index in range(2))
+    assert automatic_devices(devices, target, draft, (torch.device("cuda", 0), CPU)) == (torch.device("cuda", 1),)
 
 
 # Refusals.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,12 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from models import command_in_process, tiny_model
-from transformers import LlamaConfig, MixtralConfig, T5Config
+from models import command_in_process, enabled_for_tiny_models, tiny_model
+from transformers import GPT2Config, LlamaConfig, MixtralConfig, T5Config
 
 import hf_pearl
 from hf_pearl import PearlConfig, load_demo_pair
@@ -27,6 +30,7 @@ from hf_pearl.planning.plan import Plan, plan
 from hf_pearl.planning.planner import split
 from hf_pearl.planning.tensor_parallel_split import tensor_parallel_split
 from hf_pearl.planning.topology import Device, parse_topology, present_devices
+from hf_pearl.planning.unloaded import unloaded
 
 GIB = 2**30
 DEMO = demo_pair_folder()
@@ -201,6 +205,64 @@ def test_models_of_real_sizes(tmp_path: Path) -> None:
         ".load()",
     ):
         assert part in text, text
+
+
+def printed_code(found: Plan) -> list[str]:
+    """The lines of code in a plan's report."""
+    return re.findall(r"^    (\S.*)$", str(found), re.MULTILINE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without CUDA devices")
+def test_the_code_that_is_printed_makes_the_same_plan(seed: int, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dtype": torch.float64, "num_tokens": 9000}
+    (line,) = printed_code(plan(DEMO / "target", DEMO / "draft", **options))
+    again = eval(line.removeprefix("target, draft = ").removesuffix(".load()"))
+    assert (again.target.source, again.draft.source) == (str(DEMO / "target"), str(DEMO / "draft"))
+    assert again.target.dtype == again.draft.dtype == torch.float64 and again.min_tokens == 9000
+    (line,) = printed_code(plan(DEMO / "target", DEMO / "draft"))
+    assert "dtype" not in line and "num_tokens" not in line
+    with enabled_for_tiny_models():
+        target = tiny_model("llama", seed)
+        tiny_model("llama", seed + 1, dtype=torch.float32).save_pretrained(tmp_path)
+        names: dict[str, Any] = {"hf_pearl": hf_pearl, "torch": torch, "target": target}
+        names["inputs"] = {"input_ids": torch.tensor([[1, 2, 3]]), "max_new_tokens": 4}
+        exec("\n".join(printed_code(plan(target, tmp_path, **options))), names)
+        assert names["draft"].dtype == torch.float64
+        hf_pearl.release(target)
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_the_ranks_that_are_printed_are_those_that_torchrun_is_to_start(is_named: bool, tmp_path: Path) -> None:
+    for name, layers in (("target", 80), ("draft", 16)):
+        LlamaConfig(
+            hidden_size=8192, intermediate_size=28672, num_hidden_layers=layers, num_attention_heads=64,
+            num_key_value_heads=8, vocab_size=128256, dtype="bfloat16",
+        ).save_pretrained(tmp_path / name)  # fmt: skip
+    given: list[Any] = [tmp_path / "target", tmp_path / "draft"]
+    if not is_named:
+        given = [unloaded("target", each, None).model for each in given]
+    found = plan(*given, devices="8x80GiB@3.35TB/s")
+    assert found.tensor_parallel is not None
+    sizes = found.tensor_parallel.target_tp, found.tensor_parallel.draft_tp
+    assert f"`torchrun --nproc-per-node {sum(sizes)} script.py`" in str(found)
+    calls: list[Any] = []
+
+    def launch(*args: Any, **kwargs: Any) -> None:
+        calls.append(inspect.signature(hf_pearl.launch).bind(*args, **kwargs).arguments)
+
+    stand_in = SimpleNamespace(launch=launch)
+    exec(printed_code(found)[-1], {"hf_pearl": stand_in, "torch": torch, "target_folder": "t", "draft_folder": "d"})
+    names = tuple(map(str, given)) if is_named else ("t", "d")
+    expected = dict(zip(("target", "draft", "target_tp", "draft_tp"), (*names, *sizes), strict=True))
+    assert calls == [{**expected, "dtype": torch.bfloat16}]
+
+
+def test_ranks_are_not_planned_for_models_that_cannot_be_cut(tmp_path: Path) -> None:
+    GPT2Config(n_embd=8192, n_layer=40, n_head=64, dtype="bfloat16").save_pretrained(tmp_path / "target")
+    GPT2Config(n_embd=4096, n_layer=8, n_head=32, dtype="bfloat16").save_pretrained(tmp_path / "draft")
+    found = plan(tmp_path / "target", tmp_path / "draft", devices="8x80GiB@3.35TB/s")
+    assert tensor_parallel_split(found.devices, found.target.footprint, found.draft.footprint, 8192) is not None
+    assert found.tensor_parallel is None and "launch" not in str(found)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without CUDA devices")

@@ -577,9 +577,6 @@ from hf_pearl.parallel.workers.child_process import Parent
 from hf_pearl.parallel.workers.draft_workers import DraftWorker
 
 HELD = """
-import ctypes, sys
-from hf_pearl.parallel.workers.child_process import Parent
-Parent(*map(int, sys.argv[1:])).bind()
 print("bound", flush=True)
 ctypes.PyDLL(None).usleep(600_000_000)  # holds the interpreter
 """
@@ -594,7 +591,7 @@ if not forked:
 workers.append(DraftWorker(model, 8))
 thread = threading.Thread(target=lambda: workers.append(DraftWorker(model, 8)))  # which does not outlive its start
 thread.start()
-held = subprocess.Popen([sys.executable, "-c", HELD, *map(str, Parent.here())], stdout=subprocess.PIPE)
+held = subprocess.Popen([sys.executable, "-c", Parent.here().binding + HELD], stdout=subprocess.PIPE)
 thread.join()
 held.stdout.readline()
 are_ready = all(worker.wait_until_ready(120) for worker in workers)
@@ -623,6 +620,37 @@ def test_workers_end_when_their_parent_is_killed(are_stopped: bool) -> None:
             for process in (forked, *workers):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(process), signal.SIGKILL)
+
+
+STARTING = """
+import os, signal, sys, time
+from hf_pearl.parallel.workers.child_process import start_module
+sys.path.insert(0, {folder!r})  # The child finds a torch there whose import has no end.
+child = start_module({module!r}, [], [], os.open(os.devnull, os.O_WRONLY), 1)
+while not os.path.exists({folder!r} + "/is_importing"):
+    time.sleep(0.01)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("module", ["hf_pearl.parallel.workers.worker", "hf_pearl.parallel.ranks.process"])
+def test_a_child_that_is_still_starting_ends_when_its_parent_is_killed(module: str, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    text = f"import time\nopen({str(tmp_path / 'is_importing')!r}, 'w').close()\ntime.sleep(600)\n"
+    (tmp_path / "torch" / "__init__.py").write_text(text)
+    script = STARTING.format(folder=str(tmp_path), module=module)
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment()) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+        parent.wait(GONE_SECONDS)
+    try:
+        wait_for(lambda: is_gone(child), "the child's end", 5.0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 SCRIPT = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import queue
 import random
@@ -28,7 +29,9 @@ from hf_pearl.parallel.lane import ModelLane
 from hf_pearl.parallel.ranks import draft_frames, shared_collectives
 from hf_pearl.parallel.ranks.collectives import RankError
 from hf_pearl.parallel.ranks.follower import Follower
-from hf_pearl.parallel.ranks.lane import Leader, LeadingLane, lead, new_cache, new_lane
+from hf_pearl.parallel.ranks.lane import LeadingLane, lead, new_cache, new_lane, turns
+from hf_pearl.parallel.ranks.leader import Leader
+from hf_pearl.parallel.ranks.linked_draft import LinkedDraft
 from hf_pearl.parallel.ranks.records import (
     Admit,
     Begin,
@@ -132,7 +135,7 @@ def test_a_rank_that_has_ended_is_named() -> None:
 class ThreadRanks:
     """Ranks in threads of this process, whose shards hold what theirs would; `messages` were all sent."""
 
-    lane = "target"
+    lane, num_threads = "target", 1
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -329,6 +332,17 @@ def test_ranks_that_disagree_are_found_out(seed: int) -> None:
     assert [type(error) for error in ranks.errors] == [PearlWorkerError]
 
 
+def test_a_call_inside_another_one_is_refused_and_the_next_one_is_not() -> None:
+    part, ranks = over_ranks(tiny_model("llama", 1), 2)
+    try:
+        with turns(part, None), pytest.raises(RuntimeError, match="target lies on 2 ranks, which follow one call"):
+            turns(None, part).__enter__()
+        with turns(part, part):
+            pass
+    finally:
+        ranks.close()
+
+
 def test_a_part_cannot_be_called_by_itself() -> None:
     part, ranks = over_ranks(tiny_model("llama", 1), 2)
     try:
@@ -390,3 +404,19 @@ def test_news_of_a_draft_arrive_where_a_worker_would_have_written_them() -> None
     assert records.decode_status(channel.status.read() or b"") == records.Status(1, True, 2, 3, 4, 5, 0.5)
     assert len(news.take()) == 0
     channel.close()
+
+
+def test_the_descriptors_of_a_link_are_given_back_once_by_its_end_or_by_garbage_collection() -> None:
+    group: Any = None  # Nothing is sent.
+    gc.collect()
+    before = set(os.listdir("/proc/self/fd"))
+    link = LinkedDraft(group, 1)
+    link.end()
+    taken = [os.dup(0) for _ in range(4)]  # among them the numbers that the link had
+    link.end()
+    for each in taken:
+        os.close(each)  # None was closed for the link.
+    link = LinkedDraft(group, 1)
+    del link
+    gc.collect()
+    assert set(os.listdir("/proc/self/fd")) == before

@@ -190,7 +190,7 @@ def test_nothing_is_unpickled_but_the_model_at_start_up() -> None:
     unpickled = re.compile(r"\b(pickle|marshal|dill|shelve)\.(load|loads|Unpickler|open)$|\btorch\.load$|^(eval|exec)$")
     found = {(path.name, name) for path in SOURCES for name, what, _ in calls_in(path) if unpickled.search(what)}
     assert found == {("worker.py", "main"), ("shipping.py", "build")}
-    text = (ROOT / "hf_pearl" / "parallel" / "worker.py").read_text("utf-8")
+    text = (ROOT / "hf_pearl" / "parallel" / "workers" / "worker.py").read_text("utf-8")
     assert text.index("pickle.load(") < text.index("build(shipment") < text.index("server.serve()")
 
 
@@ -200,6 +200,9 @@ def test_remote_code_is_never_trusted_for_the_user() -> None:
     }
     assert len(keywords) > 100
     assert {value for name, value in keywords if name == "trust_remote_code"} <= {"False"}
+    asked = [node for path in SOURCES for _, what, node in calls_in(path) if what == "AutoConfig.from_pretrained"]
+    assert len(asked) >= 3  # Nobody is asked whether to trust what a folder says: ranks have no standard input.
+    assert all("trust_remote_code" in {each.arg for each in node.keywords} for node in asked)
 
 
 def test_remote_code_does_not_travel_to_a_worker() -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from ..pair import default_device, load_model
+from ..pair import load_model
 from ..parallel.cores import available_cores
 from ..parallel.ranks.models import load_first_part, stand_in
 from ..parallel.ranks.shared_collectives import HAS_EVENTS
 from ..parallel.ranks.wire import RankModel
 from ..parallel.ranks.world import in_world
-from ..parallel.tensor_parallel import find_folder
+from .checks import check_model, check_size, check_sources, checked_device, checked_dtype, checked_folder
 from .launched_pair import LaunchedPair
 from .world_pair import WorldPair
 
@@ -52,23 +53,24 @@ def launch(
 
     Raises
     ------
-    ValueError
-        A number of ranks is none, or not what `torchrun` has started.
+    TypeError, ValueError
+        An argument that makes no sense, a model or a device that is not there, or files that hold no weights; another
+        number of ranks than `torchrun` has started.
     FileNotFoundError
         There are no weights in safetensors.
     NotImplementedError
-        Several ranks on another system than Linux, or on GPUs without `torchrun`; or a model that cannot be cut
-        (`PearlUnsupportedModelError`).
+        Several ranks on another system than Linux, or on GPUs without `torchrun`; or several of a target or a draft
+        that cannot be cut (`PearlUnsupportedModelError`).
     PearlWorkerError
         A rank could not be started.
     """
-    for name, size in (("target_tp", target_tp), ("draft_tp", draft_tp)):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"`{name}` must be a number of ranks, 1 or more; got {size!r}.")
-    device = default_device() if device is None else torch.device(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    check_sources(target, draft)
+    check_size("target_tp", target_tp)
+    check_size("draft_tp", draft_tp)
+    device = checked_device(device)
+    dtype = checked_dtype(dtype, device)
     num_ranks = target_tp + (draft_tp if draft is not None else 0)
-    num_threads = max(1, len(available_cores()) // num_ranks)
+    num_threads = _threads_per_rank(num_ranks)
     target_model = _rank_model(target, dtype, "target", target_tp, num_threads)
     draft_model = None if draft is None else _rank_model(draft, dtype, "draft", draft_tp, num_threads)
     if in_world():
@@ -79,9 +81,15 @@ def launch(
     return LaunchedPair(held_target, None if draft_model is None else _hold_draft(draft_model, device))
 
 
+def _threads_per_rank(num_ranks: int) -> int:
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)) if in_world() else num_ranks
+    return max(1, len(available_cores()) // num_here)
+
+
 def _rank_model(name: str | Path, dtype: torch.dtype, lane: str, size: int, num_threads: int) -> RankModel:
-    folder = str(find_folder(name).resolve())  # Whatever is downloaded, this process does it, once.
-    return RankModel(folder, str(dtype).removeprefix("torch."), lane, size, num_threads)
+    folder = checked_folder(lane, name)  # Whatever is downloaded, this process does it, once.
+    check_model(lane, folder, dtype, size)
+    return RankModel(str(folder), str(dtype).removeprefix("torch."), lane, size, num_threads)
 
 
 def _check_ranks_here(device: torch.device, num_ranks: int) -> None:

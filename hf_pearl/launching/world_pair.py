@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -9,19 +10,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from ..device_arguments import present
 from ..errors import PearlWorkerError
 from ..pair import load_model
+from ..parallel.cores import leaving_cores
 from ..parallel.ranks.follower import Follower
-from ..parallel.ranks.lane import Leader, lead
+from ..parallel.ranks.lane import lead
+from ..parallel.ranks.leader import Leader
 from ..parallel.ranks.linked_draft import LinkedDraft
 from ..parallel.ranks.linked_server import LinkedServer
 from ..parallel.ranks.models import link, stand_in
-from ..parallel.ranks.shared_output import receive_output, share_error, share_output
+from ..parallel.ranks.shared_output import Audience, receive_output, share_error, share_output
 from ..parallel.ranks.wire import RankModel
 from ..parallel.ranks.world import LaneGroups, WorldRanks
 from ..parallel.tensor_parallel import load_shard
 from .launched_pair import LaunchedPair
+
+logger = logging.get_logger(__name__)
 
 
 class WorldPair(LaunchedPair):
@@ -32,19 +39,28 @@ class WorldPair(LaunchedPair):
     """
 
     def __init__(self, target: RankModel, draft: RankModel | None, device: torch.device) -> None:
-        self._device = _own_device(device)
+        self._device, self._num_threads = _own_device(device), target.num_threads
+        _check_world(target, draft)
+        if self._device.type == "cuda":  # NCCL and whoever says "cuda" mean the current one.
+            torch.cuda.set_device(self._device)
         self._owns_world = not dist.is_initialized()
         if self._owns_world:
             dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
-        _check_world(target, draft)
         self._link: LinkedDraft | None = None
         self._serve: Callable[[], None] = lambda: None
         self._leave: Callable[[], None] = lambda: None
+        self._pair: Audience | None = None  # rank 0 and the draft's first
+        self._lanes: list[Audience] = []  # those that this rank is in
         # Collective: every rank makes every group, in this order.
-        self._everyone = dist.new_group(backend="gloo")
+        everyone = dist.new_group(backend="gloo")
         target_groups = LaneGroups("target", 0, target.size)
         draft_groups = None if draft is None else LaneGroups("draft", target.size, draft.size)
         pair_group: Any = None if draft is None else dist.new_group([0, target.size], backend="gloo")
+        if dist.get_rank() in (0, target.size) and draft is not None:
+            self._pair = Audience(pair_group, 0)
+        for groups in (target_groups, draft_groups):
+            if groups is not None and groups.is_member and groups.size > 1:
+                self._lanes.append(Audience(groups.words, groups.first))
         held_target, held_draft = self._hold(target, target_groups), None
         if draft is not None and draft_groups is not None:
             held_draft = self._hold(draft, draft_groups)
@@ -53,7 +69,7 @@ class WorldPair(LaunchedPair):
                 link(held_draft, self._link)
             elif dist.get_rank() == target.size:
                 self._serve = LinkedServer(held_draft, pair_group, 0).serve
-        dist.barrier(self._everyone)  # Nobody generates before all have loaded.
+        dist.barrier(everyone)  # Nobody generates before all have loaded.
         super().__init__(held_target, held_draft)
         self._decode = self.target.generate
         self.target.generate = self.generate  # Pipelines call the model's.
@@ -72,7 +88,7 @@ class WorldPair(LaunchedPair):
             follower = Follower(part, collectives)
             self._serve = lambda: follower.follow(groups.received_operations())
             return part
-        ranks = WorldRanks(groups)
+        ranks = WorldRanks(groups, model.num_threads)
         leader = Leader(ranks)
         part = load_shard(model.name, 0, model.size, leader.all_reduce, leader.all_gather, dtype=dtype, device=device)
         lead(part, leader)
@@ -82,24 +98,41 @@ class WorldPair(LaunchedPair):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`target.generate` on every rank; all call it with the same arguments, and get rank 0's output.
 
+        A draft that stands still is given up in time, with a warning.
+
         Raises
         ------
         PearlWorkerError
-            On ranks other than 0: `generate` failed on rank 0. A rank that ends is the launcher's affair, who ends all.
+            On ranks other than 0: `generate` failed on rank 0, or that has given this draft up. A rank that ends is the
+            launcher's affair, who ends all.
         """
         if dist.get_rank() != 0:
             self._check_open()
-            self._serve()
+            with leaving_cores(self._num_threads):
+                self._serve()
             self._leave()
-            return receive_output(self._everyone)
+            hears = [*([self._pair] if self._pair is not None else []), *self._lanes]
+            return receive_output(*hears)
         try:
             output = self._lead(*args, **kwargs)
-        except BaseException as error:
-            if not isinstance(error, PearlWorkerError):  # Else not all are there to be told, and each notices it.
-                share_error(error, self._everyone)
+        except PearlWorkerError:  # Not all are there to be told, and each notices it.
             raise
-        share_output(output, self._everyone)
+        except BaseException as error:
+            self._tell(functools.partial(share_error, error))
+            raise
+        self._tell(functools.partial(share_output, output))
         return output
+
+    def _tell(self, share: Callable[[Audience], None]) -> None:
+        """Tell the target's other ranks, and the draft's first, if it has not been given up."""
+        for lane in self._lanes:
+            share(lane)
+        if self._pair is not None and self._link is not None and not self._link.is_cut:
+            try:
+                share(self._pair)
+            except RuntimeError as error:
+                self._link.cut(f"the draft's first rank does not hear the output: {error}")
+                logger.warning(self._link.why_it_ended())
 
     def _lead(self, *args: Any, **kwargs: Any) -> Any:
         self._check_open()
@@ -124,13 +157,16 @@ class WorldPair(LaunchedPair):
 
 def _check_world(target: RankModel, draft: RankModel | None) -> None:
     sizes = target.size, 0 if draft is None else draft.size
-    if sum(sizes) != dist.get_world_size():
+    num_ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+    if sum(sizes) != num_ranks:
         raise ValueError(
-            f"{dist.get_world_size()} ranks run, and `target_tp` + `draft_tp` is {sizes[0]} + {sizes[1]}. "
+            f"{num_ranks} ranks run, and `target_tp` + `draft_tp` is {sizes[0]} + {sizes[1]}. "
             f"Start {sum(sizes)} (`torchrun --nproc-per-node {sum(sizes)}`), or choose other sizes."
         )
 
 
 def _own_device(device: torch.device) -> torch.device:
     """This rank's device: of CUDA devices without a number, the one that the launcher counts for it."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if str(device) == "cuda" else device
+    if str(device) != "cuda":
+        return device
+    return present("device", (torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))),))[0]

@@ -25,14 +25,17 @@ def cores_for_worker(num_threads: int) -> list[int]:
 class SharedCores:
     """The cores that torch's arithmetic in this process takes, of which it may leave some to others.
 
-    Where a model lies on several ranks, each has its share of them.
+    Parameters
+    ----------
+    most : int or None
+        Threads that it may take: those of one rank, where a model lies on several; None: as many as it takes.
     """
 
-    def __init__(self, num_ranks: int = 1) -> None:
+    def __init__(self, most: int | None = None) -> None:
         self._before = self._num_threads = torch.get_num_threads()
         self.num_left = 0
-        if num_ranks > 1:
-            self._num_threads = min(self._before, max(1, len(available_cores()) // num_ranks))
+        if most is not None:
+            self._num_threads = min(self._before, most)
             self.leave(0)
 
     def restore(self) -> None:
@@ -50,9 +53,9 @@ class SharedCores:
 
 
 @contextmanager
-def leaving_cores(num_ranks: int = 1) -> Iterator[SharedCores]:
-    """A scope in which cores may be left to others; they are taken back at its end."""
-    cores = SharedCores(num_ranks)
+def leaving_cores(most: int | None = None) -> Iterator[SharedCores]:
+    """A scope in which cores may be left to others, and at most `most` are taken; they are taken back at its end."""
+    cores = SharedCores(most)
     try:
         yield cores
     finally:

@@ -129,7 +129,6 @@ class Pulse(threading.Thread):
         self._control, self._parent = control, parent
         self._end = select.poll()
         self._end.register(lifeline, select.POLLRDHUP)
-        parent.bind()
 
     def run(self) -> None:
         """Beat until the parent has ended, or has given the worker up."""

@@ -162,9 +162,10 @@ def automatic_devices(
     Parameters
     ----------
     devices : tuple of Device
-        With the memory that is free, the target's weights being there already.
+        With the memory that is free, the target's weights being there already; the target's first is one of them.
     """
-    on = [str(device) for device in target_devices]
+    names = {each.name for each in devices}
+    on = [str(device) for device in target_devices if str(device) in names]  # What is offloaded takes none of them.
     there = Footprint.of(target)._replace(weights=0)
     try:
         found = split(devices, there, Footprint.of(draft), MIN_TOKENS, target_on=on)

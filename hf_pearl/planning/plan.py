@@ -11,18 +11,19 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..arguments import check_arguments
-from ..cache.sizing import main_memory
 from ..cache.support import check_supported
 from ..config import PearlConfig
+from ..errors import PearlUnsupportedModelError
 from ..model_devices import devices_of
 from ..models import unwrap
 from ..parallel.placement import MIN_TOKENS, stays
 from ..parallel.ranks.models import check_whole
+from ..parallel.tensor_parallel.plan import make_plan
 from ..tuning import Tuning
 from .footprint import Footprint
 from .planner import ASSUMED_ACCEPTANCE, LanePlan, split
 from .tensor_parallel_split import TensorParallelSplit, tensor_parallel_split
-from .topology import Device, parse_topology, present_devices
+from .topology import Device, other_device, parse_topology, present_devices
 from .unloaded import unloaded
 
 MAX_TOKENS = 2**40
@@ -80,6 +81,10 @@ class Plan:
         How `hf_pearl.launch` would divide the devices; None where that brings nothing.
     is_here : bool
         Whether `devices` are those of this machine.
+    dtype : torch.dtype or None
+        That was asked for, for models given by name; None: each in its own.
+    min_tokens : int
+        For which room was asked for in the caches.
     """
 
     devices: tuple[Device, ...]
@@ -88,11 +93,18 @@ class Plan:
     num_tokens: int
     tensor_parallel: TensorParallelSplit | None
     is_here: bool
+    dtype: torch.dtype | None
+    min_tokens: int
 
     @property
     def config(self) -> PearlConfig:
-        """The settings that ask for this placement."""
-        return PearlConfig(target_devices=list(self.target.lane.devices), draft_devices=list(self.draft.lane.devices))
+        """The settings that ask for this placement, or leave a model that is partly offloaded where it is."""
+        asked: dict[str, Any] = {}
+        for part, model in (("target", self.target), ("draft", self.draft)):
+            devices = model.lane.devices
+            is_one_kind = len({name.partition(":")[0] for name in devices}) == 1
+            asked[f"{part}_devices"] = list(devices) if is_one_kind else "auto"
+        return PearlConfig(**asked)
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Load target and draft straight onto their devices, in evaluation mode.
@@ -169,7 +181,9 @@ def plan(
         )
     ]
     parallel = _tensor_parallel(machine, prints, num_tokens, measured)
-    return Plan(machine, planned[0], planned[1], found.num_tokens, parallel, devices is None)
+    if parallel is not None and not _can_be_cut(models[0][0], models[1][0], parallel):
+        parallel = None
+    return Plan(machine, planned[0], planned[1], found.num_tokens, parallel, devices is None, dtype, num_tokens)
 
 
 def _model(argument: str, given: Any, dtype: torch.dtype | None) -> tuple[PreTrainedModel, int | None]:
@@ -209,8 +223,8 @@ def _machine(
         draft_devices = devices_of(unwrap(draft))
     places = [None if each is None else list(map(str, each)) for each in (target_devices, draft_devices)]
     names = {each.name for each in machine}
-    if any("cpu" in (place or ()) for place in places) and "cpu" not in names:
-        machine.append(Device("cpu", main_memory()))
+    others = dict.fromkeys(name for place in places for name in place or () if name not in names)
+    machine += [other_device(name, held.get(name, 0)) for name in others]
     return tuple(machine), (places[0], places[1])
 
 
@@ -236,3 +250,14 @@ def _tensor_parallel(
         seconds = measured.target_forward_seconds, measured.draft_step_seconds
     found = tensor_parallel_split(accelerators, prints[0], prints[1], num_tokens, acceptance, seconds)
     return None if found is None or found.target_tp + found.draft_tp == 2 else found
+
+
+def _can_be_cut(target: PreTrainedModel, draft: PreTrainedModel, found: TensorParallelSplit) -> bool:
+    """Whether `hf_pearl.launch` would take both models on so many ranks."""
+    try:
+        for model, size in ((target, found.target_tp), (draft, found.draft_tp)):
+            if size > 1:
+                make_plan(model, 0, size)
+    except PearlUnsupportedModelError:
+        return False
+    return True

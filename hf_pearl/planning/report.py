@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..parallel.cores import available_cores, cores_for_worker
+from ..parallel.placement import MIN_TOKENS
 from .plan import Plan, PlannedModel
 from .planner import ALL_REDUCE_SECONDS, ASSUMED_BANDWIDTH, LAYER_SECONDS, gib
 
@@ -11,7 +12,7 @@ HEADINGS = ("", "device", "weights", "cache", "forwards", "graphs", "together", 
 
 def report(plan: Plan) -> str:
     """What goes where, how much memory it takes, why, and the code that does it."""
-    parts = [_models(plan), _table(plan), _why(plan), f"    {_code(plan)}"]
+    parts = [_models(plan), _table(plan), _why(plan), "\n".join(f"    {line}" for line in _code(plan))]
     parallel = _tensor_parallel(plan)
     return "\n\n".join([*parts, *([parallel] if parallel else []), _assumed(plan)])
 
@@ -61,30 +62,39 @@ def _why(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _code(plan: Plan) -> str:
-    """The line that places them so."""
-    if plan.target.source is not None and plan.draft.source is not None:
-        return f"target, draft = hf_pearl.plan({plan.target.source!r}, {plan.draft.source!r}).load()"
-    config = plan.config
-    return (
+def _code(plan: Plan) -> list[str]:
+    """The lines that place them so; models that are loaded are called `target` and `draft` in them."""
+    named = [part for part, model in _lanes(plan) if model.source is not None]
+    arguments = [part if model.source is None else repr(model.source) for part, model in _lanes(plan)]
+    if plan.dtype is not None:
+        arguments.append(f"dtype={plan.dtype}")
+    if plan.min_tokens != MIN_TOKENS:
+        arguments.append(f"num_tokens={plan.min_tokens}")
+    same_plan, config = f"hf_pearl.plan({', '.join(arguments)})", plan.config
+    if len(named) == 2:
+        return [f"target, draft = {same_plan}.load()"]
+    return [
+        *(f"{part} = {same_plan}.{part}.load()" for part in named),
         "target.generate(**inputs, assistant_model=draft, pearl=hf_pearl.PearlConfig("
-        f"target_devices={config.target_devices!r}, draft_devices={config.draft_devices!r}))"
-    )
+        f"target_devices={config.target_devices!r}, draft_devices={config.draft_devices!r}))",
+    ]
 
 
 def _tensor_parallel(plan: Plan) -> str:
     found = plan.tensor_parallel
     if found is None:
         return ""
-    target, draft = (model.source or "..." for _, model in _lanes(plan))
+    target, draft = (f"{part}_folder" if model.source is None else repr(model.source) for part, model in _lanes(plan))
+    num_ranks = found.target_tp + found.draft_tp
     return (
         f"Tensor-parallel, {found.target_tp} devices for the target and {found.draft_tp} for the draft yield the most "
         f"tokens per second: forwards of {_milliseconds(found.target_seconds)} and steps of "
         f"{_milliseconds(found.draft_seconds)}, about {found.tokens_per_second:.0f} tokens per second. Weights and "
         f"forwards take {gib(found.target_bytes)} of each of the target's, {gib(found.draft_bytes)} of each of the "
-        f"draft's; the caches have room for {found.num_tokens} tokens.\n\n"
-        f"    hf_pearl.launch(target={target!r}, draft={draft!r}, target_tp={found.target_tp}, "
-        f"draft_tp={found.draft_tp})"
+        f"draft's; the caches have room for {found.num_tokens} tokens. In a script that is started by `torchrun "
+        f"--nproc-per-node {num_ranks} script.py`:\n\n"
+        f"    pair = hf_pearl.launch({target}, {draft}, target_tp={found.target_tp}, draft_tp={found.draft_tp}, "
+        f"dtype={plan.target.dtype})"
     )
 
 

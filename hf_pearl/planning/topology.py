@@ -53,6 +53,19 @@ def present_devices(measured: bool = False) -> tuple[Device, ...]:
     )
 
 
+def other_device(name: str, held: int) -> Device:
+    """A device that is not among `present_devices`: the CPU beside GPUs, or an accelerator of another kind.
+
+    Parameters
+    ----------
+    held : int
+        Bytes there that count as free.
+    """
+    kind, _, index = name.partition(":")
+    ask = None if kind == "cpu" else getattr(torch.get_device_module(kind), "mem_get_info", None)
+    return Device(name, main_memory() if ask is None else ask(int(index or 0))[0] + held)
+
+
 @functools.cache
 def bandwidth_of(device: torch.device) -> float | None:
     """Bytes that a device reads and writes per second, by copies of a large array; None where there is no room."""

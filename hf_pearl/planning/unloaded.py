@@ -9,11 +9,12 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError, OfflineModeIsEnabled
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 # Of a parameter, by the names that safetensors has for dtypes.
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_POINTER = b"version https://git-lfs"
 
 
 class Unloaded(NamedTuple):
@@ -44,22 +45,23 @@ def unloaded(argument: str, source: str | Path, dtype: torch.dtype | None) -> Un
     Raises
     ------
     ValueError
-        There is no such model, it cannot be reached, or it is no causal language model of transformers.
+        There is no such model, it cannot be reached, it is no causal language model of transformers, or a file of it
+        is not what its name says.
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`{argument}` must be a model, a folder or a name on the Hub that can be reached, got {str(source)!r}: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
-    counts = _counts_in(Path(source)) if Path(source).is_dir() else _counts_on_hub(argument, str(source))
+    counts = _counts_in(argument, Path(source)) if Path(source).is_dir() else _counts_on_hub(argument, str(source))
     try:
         with init_empty_weights(include_buffers=True):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype or _dtype(config, counts))
     except ValueError as error:
         raise ValueError(
-            f"`{argument}` must be a causal language model of transformers, got {str(source)!r}: {_first_line(error)}"
+            f"`{argument}` must be a causal language model of transformers, got {str(source)!r}: {first_line(error)}"
         ) from error
     is_quantised = getattr(config, "quantization_config", None) is not None
     stored = sum(count * _BYTES.get(name, 1) for name, count in counts.items())
@@ -75,17 +77,29 @@ def _dtype(config: PreTrainedConfig, counts: dict[str, int]) -> torch.dtype:
     return kinds.get(largest, torch.float32)
 
 
-def _counts_in(folder: Path) -> dict[str, int]:
+def _counts_in(argument: str, folder: Path) -> dict[str, int]:
     """Parameters by dtype in the headers of a folder's files."""
     counts: dict[str, int] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(
+                f"`{argument}`: {path} is no file of safetensors: {first_line(error)}. {_cure(path)}"
+            ) from error
+        with file:
             names: list[str] = file.keys()  # The file itself is not iterable everywhere.
             for name in names:
                 tensor = file.get_slice(name)
                 kind = tensor.get_dtype()
                 counts[kind] = counts.get(kind, 0) + torch.Size(tensor.get_shape()).numel()
     return counts
+
+
+def _cure(path: Path) -> str:
+    with path.open("rb") as file:
+        is_pointer = file.read(len(_POINTER)) == _POINTER
+    return "It is a pointer of Git LFS: fetch the file by `git lfs pull`." if is_pointer else "Download it again."
 
 
 def _counts_on_hub(argument: str, name: str) -> dict[str, int]:
@@ -101,9 +115,10 @@ def _counts_on_hub(argument: str, name: str) -> dict[str, int]:
         ) from error
     except Exception as error:  # no network, no such repository, no access
         raise ValueError(
-            f"`{argument}` {name!r}: the Hub does not say how large its files are: {_first_line(error)}"
+            f"`{argument}` {name!r}: the Hub does not say how large its files are: {first_line(error)}"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as it goes into a line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

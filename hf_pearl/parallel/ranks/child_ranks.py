@@ -96,7 +96,7 @@ class ChildRanks:
     """
 
     def __init__(self, model: RankModel) -> None:
-        self.model, self.lane, self.size = model, model.lane, model.size
+        self.model, self.lane, self.size, self.num_threads = model, model.lane, model.size, model.num_threads
         self._kept = KeptInterrupts()
         self._interrupted: float | None = None
         self._owner = os.getpid()
@@ -163,7 +163,7 @@ class ChildRanks:
                 f"the ranks of the {self.lane} lane have been closed, or belong to another process: `launch` it again."
             )
         ended = [child.why_it_ended() for child in self._children if child.has_ended]
-        if self._children and not ended:
+        if self._children and self._collectives is not None and not ended:
             return False
         if ended:
             logger.warning(f"The ranks of the {self.lane} lane are started anew: {'; '.join(ended)}")

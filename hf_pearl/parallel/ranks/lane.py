@@ -9,156 +9,22 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ...cache import PagedPrefixCache
 from ...cache.backends import BACKENDS
 from ...decoding.messages import Window
-from ...errors import PearlOutOfBlocksError, PearlWorkerError
 from ..lane import ModelLane
-from .collectives import Collectives, RankError
 from .follower import compare
-from .records import Admit, Begin, End, Fork, Forward, Keep, Operation, Release, Rollback
-
-logger = logging.get_logger(__name__)
+from .leader import Leader
+from .records import Admit, Begin, Fork, Keep, Release, Rollback
 
 _versions = itertools.count(1)
 _leaders: weakref.WeakKeyDictionary[torch.nn.Module, Leader] = weakref.WeakKeyDictionary()
-
-
-class Ranks(Protocol):
-    """The other ranks of a lane, as the first one sees them."""
-
-    lane: str
-    size: int
-
-    @property
-    def collectives(self) -> Collectives:
-        """What is computed with them."""
-
-    def ensure(self) -> bool:
-        """Have them all there; whether they had to be started anew, and know nothing."""
-
-    def together(self) -> AbstractContextManager[object]:
-        """A scope that an interrupt does not end."""
-
-    def send(self, operations: Sequence[Operation]) -> None:
-        """Tell them; raises `RankError` where one cannot be told."""
-
-    def failed(self, error: BaseException) -> PearlWorkerError:
-        """Give them up; say what is known of the reason."""
-
-    def close(self) -> None:
-        """End them; harmless to repeat."""
-
-
-class Leader:
-    """The first rank's end of a lane. Holds no model: the model's shard holds it, for its collectives.
-
-    Attributes
-    ----------
-    compares : bool
-        Whether every forward ends with a comparison of all ranks' tokens and block tables.
-    held_version : int or None
-        Of the cache that the other ranks hold; None where they hold none.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.compares = False
-        self.held_version: int | None = None
-        self.num_forwards = 0
-        self._notes: list[Operation] = []
-        self._is_inside = self._has_failed = False
-
-    @property
-    def size(self) -> int:
-        """Ranks of the lane, this one included."""
-        return self.ranks.size
-
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks."""
-        self._check_inside()
-        return self.ranks.collectives.all_reduce(tensor)
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All ranks' tensors, side by side in the last dimension."""
-        self._check_inside()
-        return self.ranks.collectives.all_gather(tensor)
-
-    def _check_inside(self) -> None:
-        if not self._is_inside:
-            raise RuntimeError(
-                f"this model is one of {self.size} parts, whose other ranks follow "
-                "`generate(..., pearl=True)` only: it cannot be called by itself."
-            )
-
-    def assemble(self) -> None:
-        """Have the other ranks there, started anew where they must be."""
-        if self.ranks.ensure():
-            self.held_version = None
-
-    def note(self, operation: Operation) -> None:
-        """Have the others do it before the next forward."""
-        self._notes.append(operation)
-
-    @contextmanager
-    def call(self, begin: Begin) -> Iterator[None]:
-        """A call that they follow; they must be there."""
-        self._notes, self._has_failed = [begin], False
-        try:
-            yield
-        finally:
-            if not self._has_failed:
-                self._notes.append(End())
-                try:
-                    self._send()
-                except PearlWorkerError as error:  # The call has all it wanted; the next one starts them anew.
-                    logger.warning(str(error))
-
-    def _send(self) -> None:
-        with self.ranks.together():
-            notes, self._notes = self._notes, []
-            try:
-                self.ranks.send(notes)
-            except RankError as error:
-                raise self._failed(error) from error
-
-    @contextmanager
-    def forward(self, windows: Sequence[Window]) -> Iterator[None]:
-        """A forward that they make at the same time; an interrupt waits for its end.
-
-        Raises
-        ------
-        PearlWorkerError
-            A rank has ended or does not answer. All are given up then, and started anew by the next call.
-        """
-        self.num_forwards += 1
-        self._notes.append(Forward(tuple(windows)))
-        with self.ranks.together():
-            self._send()
-            before, self._is_inside = self.ranks.collectives.num_done, True
-            try:
-                yield
-            except RankError as error:
-                raise self._failed(error) from error
-            except BaseException as error:
-                # Without blocks no rank has begun to compute; after anything else the others wait for this one.
-                if not isinstance(error, PearlOutOfBlocksError) or self.ranks.collectives.num_done != before:
-                    self._failed(error)
-                raise
-            finally:
-                self._is_inside = False
-
-    def _failed(self, error: BaseException) -> PearlWorkerError:
-        self._notes, self._has_failed = [], True
-        reason = self.ranks.failed(error)
-        return PearlWorkerError(f"{self.ranks.lane} lane, forward {self.num_forwards}: {reason}")
 
 
 class LeadingCache(PagedPrefixCache):
@@ -269,6 +135,16 @@ def leader_of(model: torch.nn.Module) -> Leader | None:
     return _leaders.get(model)
 
 
+@contextmanager
+def turns(*models: torch.nn.Module | None) -> Iterator[None]:
+    """The scope of a call, which has the other ranks of its models to itself: other engines may lead them, too."""
+    found = {leader for model in models if model is not None and (leader := leader_of(model)) is not None}
+    with ExitStack() as stack:
+        for leader in sorted(found, key=id):  # In one order, so that nobody waits for a waiting one.
+            stack.enter_context(leader.turn())
+        yield
+
+
 def assemble_ranks(model: torch.nn.Module) -> None:
     """Have a model's other ranks there, started anew where they must be; takes as long as they take to start."""
     leader = leader_of(model)
@@ -280,6 +156,12 @@ def num_ranks(model: torch.nn.Module) -> int:
     """How many ranks compute a model's lanes."""
     leader = leader_of(model)
     return 1 if leader is None else leader.size
+
+
+def num_threads(model: torch.nn.Module) -> int | None:
+    """How many threads every rank of a model takes; None of a model that is in one piece."""
+    leader = leader_of(model)
+    return None if leader is None else leader.ranks.num_threads
 
 
 def new_cache(model: PreTrainedModel, *arguments: Any, **options: Any) -> PagedPrefixCache:

@@ -8,12 +8,16 @@ import threading
 
 import torch.distributed as dist
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..workers.draft_boxes import Inbox, Outbox, ToldToQuit
 from ..workers.draft_server import DraftServer
 from ..workers.records import Message, Quit, decode_message
+from .collectives import RankError
 from .draft_frames import News
 from .world import receive_words, send_words
+
+logger = logging.get_logger(__name__)
 
 
 class _LinkInbox(Inbox):
@@ -60,9 +64,12 @@ class LinkedServer:
         send_words(self._news.take(), self._engine, self._group)
 
     def serve(self) -> None:
-        """Draft until the engine leaves its call of `generate`; tell it when nothing more is to come."""
+        """Draft until the engine leaves its call of `generate`, or cuts the link; tell it that no more is to come."""
         listener = self._inbox.listen()
-        with contextlib.suppress(ToldToQuit):
-            self._server.serve()
-        listener.join()
-        send_words((), self._engine, self._group)
+        try:
+            with contextlib.suppress(ToldToQuit):
+                self._server.serve()
+            listener.join()
+            send_words((), self._engine, self._group)
+        except RankError as error:
+            logger.warning(f"Rank {self._engine} has given this draft up: {error}")

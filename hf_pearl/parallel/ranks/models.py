@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..tensor_parallel import load_shard
 from ..tensor_parallel.sharding import part_of
 from .child_ranks import ChildRanks
-from .lane import Leader, lead, leader_of
+from .lane import lead, leader_of
+from .leader import Leader
 from .linked_draft import LinkedDraft
 from .wire import RankModel
 
@@ -49,7 +50,7 @@ def stand_in(model: RankModel, inputs_on: torch.device | None = None) -> PreTrai
     inputs_on : torch.device or None
         What it says as its `device`, where pipelines over it put their inputs; None: the meta device.
     """
-    config = AutoConfig.from_pretrained(model.name)
+    config = AutoConfig.from_pretrained(model.name, trust_remote_code=False)
     with torch.device("meta"):
         standing: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.torch_dtype).eval()
     if inputs_on is not None:  # A model's device is that of its first parameter.

@@ -67,9 +67,10 @@ class LaneGroups:
 class WorldRanks:
     """`lane.Ranks` of a lane in the world. A launcher ends all ranks when one has ended: nothing is restarted."""
 
-    def __init__(self, groups: LaneGroups) -> None:
+    def __init__(self, groups: LaneGroups, num_threads: int) -> None:
         assert groups.collectives is not None
         self.lane, self.size, self.collectives = groups.lane, groups.size, groups.collectives
+        self.num_threads = num_threads
         self._groups = groups
         self._failure = ""
 
@@ -106,32 +107,46 @@ class WorldRanks:
 
 def broadcast_words(words: Sequence[int] | None, source: int, group: dist.ProcessGroup) -> array[int]:
     """Send words from the rank `source` of the world, which has some, to all others of a group, which have None."""
-    options = dist.BroadcastOptions()
-    options.rootRank, options.rootTensor = dist.get_group_rank(group, source), 0
-    if words is not None:  # Who waits for words may do so for long; they are heard at once, or never.
-        options.timeout = timedelta(seconds=ANSWER_SECONDS)
     count = torch.tensor([0 if words is None else len(words)])
-    group.broadcast([count], options).wait()
+    broadcast_tensor(count, source, group)
     content = torch.tensor(words if words is not None else [0] * _checked(count), dtype=torch.int64)
     if len(content):
-        group.broadcast([content], options).wait()
+        broadcast_tensor(content, source, group)
     return array("q", content.tolist())
 
 
+def broadcast_tensor(tensor: torch.Tensor, source: int, group: dist.ProcessGroup) -> None:
+    """Send a tensor from the rank `source` of the world into those of all others of a group."""
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = dist.get_group_rank(group, source), 0
+    if dist.get_rank() == source:  # Who waits for it may do so for long; it is heard at once, or never.
+        options.timeout = timedelta(seconds=ANSWER_SECONDS)
+    group.broadcast([tensor], options).wait()
+
+
 def send_words(words: Sequence[int], to: int, group: dist.ProcessGroup) -> None:
-    """Send words to the rank `to` of the world, which waits for them."""
-    dist.send(torch.tensor([len(words)]), to, group)
-    if len(words):
-        dist.send(torch.tensor(words, dtype=torch.int64), to, group)
+    """Send words to the rank `to` of the world; raises `RankError` where it does not hear them in time."""
+    for content in ([len(words)], words):
+        if len(content):
+            tensor = torch.tensor(content, dtype=torch.int64)
+            try:
+                work = dist.isend(tensor, to, group)
+                assert work is not None
+                work.wait(timedelta(seconds=ANSWER_SECONDS))
+            except RuntimeError as error:
+                raise RankError(f"rank {to} does not listen: {error}") from error
 
 
 def receive_words(source: int, group: dist.ProcessGroup) -> array[int]:
-    """Wait for the next words of the rank `source` of the world."""
+    """Wait for the next words of the rank `source` of the world; raises `RankError` where none can come any more."""
     count = torch.tensor([0])
-    dist.recv(count, source, group)
-    content = torch.zeros(_checked(count), dtype=torch.int64)
-    if len(content):
-        dist.recv(content, source, group)
+    try:
+        dist.recv(count, source, group)
+        content = torch.zeros(_checked(count), dtype=torch.int64)
+        if len(content):
+            dist.recv(content, source, group)
+    except RuntimeError as error:
+        raise RankError(f"rank {source} does not speak: {error}") from error
     return array("q", content.tolist())
 
 

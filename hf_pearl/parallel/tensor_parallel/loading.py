@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ...compat import compute_buffers
-from ...errors import PearlUnsupportedModelError
 from .checkpoint import Checkpoint, find_folder
 from .cuts import Cut, Piece
 from .modules import Collective
@@ -62,16 +61,14 @@ def load_shard(
     ValueError
         `rank` or `size` is out of range; weights are missing, or of another shape than the configuration says.
     PearlUnsupportedModelError
-        As in `shard`, or the weights are quantised.
+        As in `shard`.
     """
     check_rank(rank, size)
     if size == 1:
         whole = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype or "auto")
         return whole.to(device).eval()
     folder = find_folder(name, revision)
-    config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None):
-        raise PearlUnsupportedModelError(f"the weights in {folder} are quantised. Load them whole (size 1).")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = _without_memory(config, dtype)
     plan = make_plan(model, rank, size)
     compute_buffers(model, torch.device(device))

@@ -86,8 +86,10 @@ def make_plan(model: PreTrainedModel, rank: int, size: int) -> Plan:
     Raises
     ------
     PearlUnsupportedModelError
-        The model has no plan, or there is something in it that would not be cut rightly, or not at all.
+        The model is quantised or has no plan, or there is something in it that would not be cut rightly, or not at all.
     """
+    if getattr(model.config, "quantization_config", None):
+        raise unsupported(model, "its weights are quantised")
     plan = _cut_vocabulary(model, rank, size)
     for name, styles in _planned_layers(model, plan).items():
         layer = model.get_submodule(name)

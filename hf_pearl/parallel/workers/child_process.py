@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 _PR_SET_PDEATHSIG = 1
+_RUN = "import runpy, sys\nrunpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)\n"
 
 
 class Parent(NamedTuple):
@@ -36,15 +36,22 @@ class Parent(NamedTuple):
         is_first = threading.get_native_id() == os.getpid()
         return cls(os.getpid(), int(signal.SIGKILL if is_first else signal.SIGCONT))
 
-    def bind(self) -> None:
-        """Ask for the signal, in the child; whether the parent has ended before is for the child to look."""
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, self.death_signal, 0, 0, 0)
+    @property
+    def binding(self) -> str:
+        """Python that asks for the signal, in the child, and ends it where the parent has ended before."""
+        return (
+            "import ctypes, os\n"
+            f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {self.death_signal}, 0, 0, 0)\n"
+            f"if os.getppid() != {self.process_id}: os._exit(0)\n"
+        )
 
 
 def start_module(
     name: str, arguments: Sequence[object], descriptors: Sequence[int], log: int, num_threads: int
 ) -> subprocess.Popen[bytes]:
-    """Run `python -m name *arguments` in a session of its own, where Ctrl-C does not reach it.
+    """Run what `python -m name *arguments` runs, in a session of its own, where Ctrl-C does not reach it.
+
+    It is bound to this process before it imports anything: torch and transformers take seconds.
 
     Parameters
     ----------
@@ -60,7 +67,7 @@ def start_module(
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1")
     environment.update(OMP_NUM_THREADS=str(num_threads), TOKENIZERS_PARALLELISM="false")
     return subprocess.Popen(
-        [sys.executable, "-m", name, *map(str, arguments)],
+        [sys.executable, "-c", Parent.here().binding + _RUN, name, *map(str, arguments)],
         pass_fds=descriptors,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -40,9 +40,9 @@ class DraftWorker:
     cache_blocks : int
         Blocks that the worker's cache may have; may be set anew between calls.
     num_threads : int
-        Threads of the worker's arithmetic.
+        Threads of the worker's arithmetic; of a draft over several ranks, all have what `launch` gave them.
     cores : sequence of int or None
-        Cores that the worker is pinned to; None: the last `num_threads` of this process's, if there are more.
+        Cores that the worker is pinned to; None: the last ones of this process's, if there are more.
     known_as : hashable or None
         The fingerprint of `model`, where it is known.
 
@@ -63,10 +63,10 @@ class DraftWorker:
         known_as: Hashable = None,
     ) -> None:
         self.cache_blocks = cache_blocks
-        self._num_threads = num_threads
         ranks = rank_model_of(model)  # It starts the others, on the same cores.
-        num_cores = num_threads * (1 if ranks is None else ranks.size)
-        self._cores = cores_for_worker(num_cores) if cores is None else list(cores)
+        self._num_threads = num_threads if ranks is None else ranks.num_threads
+        self.num_cores = self._num_threads * (1 if ranks is None else ranks.size)
+        self._cores = cores_for_worker(self.num_cores) if cores is None else list(cores)
         self._num_calls = 0
         self._start(model, known_as or fingerprint(model))
 
