@@ -27,7 +27,7 @@ def named_devices(name: str, value: Any) -> tuple[torch.device, ...] | None:
     if _is_mesh(value):
         return _devices_of_mesh(name, value)
     several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-    devices = tuple(_device(name, each) for each in (value if several else (value,)))
+    devices = tuple(one_device(name, each) for each in (value if several else (value,)))
     if not devices:
         raise ValueError(f"`{name}` must name at least one device, got {value!r}. {_HOW}")
     twice = sorted({str(device) for device in devices if devices.count(device) > 1})
@@ -85,15 +85,16 @@ def _present(name: str, device: torch.device) -> torch.device:
     return torch.device(device.type, torch.get_device_module(device.type).current_device())
 
 
-def _device(name: str, value: Any) -> torch.device:
+def one_device(name: str, value: Any, how: str = _HOW) -> torch.device:
+    """The device that the argument `name` asks for; raises `TypeError` or `ValueError`, ending with `how`, for none."""
     if not isinstance(value, (str, torch.device)):
-        raise TypeError(f"`{name}` must name devices, got {value!r}. {_HOW}")
+        raise TypeError(f"`{name}` must name devices, got {value!r}. {how}")
     try:
         device = torch.device(value)
     except RuntimeError as error:
-        raise ValueError(f"`{name}` names no device that torch knows, got {value!r}. {_HOW}") from error
+        raise ValueError(f"`{name}` names no device that torch knows, got {value!r}. {how}") from error
     if device.type == "meta":
-        raise ValueError(f"`{name}` must name devices that compute, got {value!r}. {_HOW}")
+        raise ValueError(f"`{name}` must name devices that compute, got {value!r}. {how}")
     return torch.device("cpu") if device.type == "cpu" else device
 
 

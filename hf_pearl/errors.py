@@ -17,3 +17,8 @@ class PearlUnsupportedModelError(PearlError, NotImplementedError):
 
 class PearlWorkerError(PearlError):
     """A lane's worker failed, died, or did not answer in time."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as it goes into a line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..benchmark import Workload
+from ..errors import first_line
 from ..pair import PACKAGED, PROMPTS, default_device, demo_pair_folder, load_model
 from ..smollm2 import QUESTIONS, as_chat, load_smollm2_pair
 from .option_types import positive_int, seed, temperature
@@ -210,7 +211,7 @@ def named_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name}: {_first_line(error)}") from error
+        raise UsageError(f"--device {name}: {first_line(error)}") from error
     return device
 
 
@@ -244,8 +245,4 @@ def _reporting(option: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UsageError(f"{option}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UsageError(f"{option}: {first_line(error)}") from error

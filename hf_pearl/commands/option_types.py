@@ -23,23 +23,21 @@ def seed(text: str) -> int:
 
 def temperature(text: str) -> float:
     """A finite number from 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text!r}")
-    return value
+    return _number(text, least=0)
 
 
 def at_least_one(text: str) -> float:
     """A finite number from 1."""
+    return _number(text, least=1)
+
+
+def _number(text: str, least: int) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 1.0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number from 1, got {text!r}")
+    if not least <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from {least}, got {text!r}")
     return value
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..device_arguments import present
-from ..errors import PearlUnsupportedModelError
+from ..device_arguments import one_device, present
+from ..errors import PearlUnsupportedModelError, first_line
 from ..pair import default_device
 from ..parallel.tensor_parallel import find_folder
 from ..parallel.tensor_parallel.plan import make_plan
-from ..planning.unloaded import first_line, unloaded
+from ..planning.unloaded import unloaded
 
 
 def check_sources(target: Any, draft: Any) -> None:
@@ -48,14 +48,7 @@ def checked_device(device: Any) -> torch.device:
     if device is None:
         return default_device()
     how = 'Give "cpu", "cuda", or nothing for the GPU if there is one.'
-    if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"`device` must be a device of torch, got {device!r}. {how}")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"`device` names no device that torch knows, got {device!r}. {how}") from error
-    if found.type == "meta":
-        raise ValueError(f"`device` must be one that computes, got {device!r}. {how}")
+    found = one_device("device", device, how)
     present("device", (found,))
     return found
 

@@ -158,20 +158,7 @@ class ModelLane:
     def chain(
         self, windows: Sequence[Window], num_steps: int, chooser: Chooser, noise: Sequence[Sequence[NoiseRow]]
     ) -> Chosen | None:
-        """Compute windows, and `num_steps - 1` times the tokens chosen behind each of theirs, each on its own branch.
-
-        Parameters
-        ----------
-        windows : sequence of Window
-            Logits are wanted after each of their tokens.
-        noise : sequence
-            Of every step the noise of its rows; empty where `chooser` does not sample.
-
-        Returns
-        -------
-        Chosen or None
-            `(num_steps, N, G)`, to be read before the next forward. None: it cannot be done now, and all is as it was.
-        """
+        """Several steps in one launch, see `decoding.lanes.ChainingLane`."""
         if self.graphs is None or not self.graphs.can_chain(chooser):
             return None
         sequences = [self._sequences[window.request_id] for window in windows]

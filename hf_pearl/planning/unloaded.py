@@ -12,6 +12,8 @@ from huggingface_hub.errors import NotASafetensorsRepoError, OfflineModeIsEnable
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..errors import first_line
+
 # Of a parameter, by the names that safetensors has for dtypes.
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _POINTER = b"version https://git-lfs"
@@ -117,8 +119,3 @@ def _counts_on_hub(argument: str, name: str) -> dict[str, int]:
         raise ValueError(
             f"`{argument}` {name!r}: the Hub does not say how large its files are: {first_line(error)}"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, as far as it goes into a line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
