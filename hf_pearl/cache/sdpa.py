@@ -1,6 +1,6 @@
 """Attention over the paged cache with torch's scaled dot-product attention: any device, no kernel of our own.
 
-Shapes: `S` sequences, `T` packed tokens, `Q` query tokens of the longest sequence, `L` keys of the longest, `H` query
+Shapes: `S` sequences, `T` packed tokens, `Q` query tokens of the longest window, `L` keys of the longest, `H` query
 heads, `K` key-value heads, `G = H / K`, `D` head dimension.
 """
 
@@ -62,23 +62,43 @@ class Span(NamedTuple):
     tree: TreeMask | None = None
 
 
-class PaddedBatch(NamedTuple):
-    """Sequences of a step, padded to the longest.
+class GroupedQueries(NamedTuple):
+    """How packed queries become those of key-value heads, as if the `G` that read one head followed each other.
 
     Attributes
+    ----------
+    into : torch.Tensor
+        `(S * K * G * Q,)`: which of `T * H` queries to take; a short window's last one again where it is padded.
+    back : torch.Tensor
+        `(T * H,)`: where each lies there.
+    mask : torch.Tensor
+        `(S, 1, G * Q, L)`.
+    """
+
+    into: torch.Tensor
+    back: torch.Tensor
+    mask: torch.Tensor
+
+
+class PaddedBatch:
+    """Sequences of a step, padded to the longest.
+
+    Parameters
     ----------
     slots : torch.Tensor or EvenRows
         `(S * L,)`: short sequences are padded with their own first slot. Masked keys still count 0 times their value,
         and another sequence's NaN would not stay its own. In a view of even rows it does not; see `PagedStep`.
     mask : torch.Tensor
         `(S, 1, Q, L)`: what is added to the scores, 0 where a query may look, else minus infinity.
-    places : torch.Tensor or None
-        Each packed token's place among `S * Q` queries; None: its own.
+    num_queries : sequence of int
+        New tokens of each sequence.
     """
 
-    slots: torch.Tensor | EvenRows
-    mask: torch.Tensor
-    places: torch.Tensor | None
+    def __init__(self, slots: torch.Tensor | EvenRows, mask: torch.Tensor, num_queries: Sequence[int]) -> None:
+        self.slots = slots
+        self.mask = mask
+        self.num_queries = num_queries
+        self._grouped: dict[tuple[int, int], GroupedQueries] = {}
 
     def read(self, pool: SlotPool) -> torch.Tensor:
         """Keys or values `(S, K, L, D)`."""
@@ -86,6 +106,25 @@ class PaddedBatch(NamedTuple):
         if isinstance(self.slots, torch.Tensor):
             return pool.read(self.slots)[0].unflatten(1, (num_rows, num_keys)).transpose(0, 1)
         return pool.view(self.slots, num_rows, 0, num_keys)
+
+    def grouped(self, num_heads: int, num_key_value_heads: int) -> GroupedQueries:
+        """How queries of `H` heads are grouped by `K`; the same for all layers that are alike."""
+        sizes = num_heads, num_key_value_heads
+        if sizes not in self._grouped:
+            self._grouped[sizes] = self._group(*sizes)
+        return self._grouped[sizes]
+
+    def _group(self, num_heads: int, num_key_value_heads: int) -> GroupedQueries:
+        group, width = num_heads // num_key_value_heads, max(self.num_queries)
+        counts = torch.tensor(self.num_queries)  # (S,)
+        window = torch.arange(width).minimum(counts[:, None] - 1)  # (S, Q)
+        tokens = (counts.cumsum(0) - counts)[:, None] + window
+        heads = torch.arange(num_heads).view(1, num_key_value_heads, group, 1)
+        into = (tokens[:, None, None] * num_heads + heads).flatten()
+        places = torch.arange(into.numel()).view(len(counts), num_heads, width).transpose(1, 2)  # (S, Q, H)
+        back = places[torch.arange(width) < counts[:, None]].flatten()
+        device = self.mask.device
+        return GroupedQueries(into.to(device), back.to(device), self.mask.repeat(1, 1, group, 1))
 
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -118,11 +157,13 @@ class SdpaPlan:
 
     def attend(self, layer: PagedLayer, query: torch.Tensor, attention: Attention) -> torch.Tensor:
         """Attention of `(1, H, T, D)` over what `layer` holds of each sequence, to `(1, T, H, D)`."""
-        if self.shared is None:
-            return self._attend(layer, query, partial(_attend, attention=attention))
+        if self.shared is None and attention.softcap is None and attention.sinks is None:
+            return self._attend(layer, query, partial(_attend, scaling=attention.scaling))
         attend = partial(attend_part, scaling=attention.scaling, softcap=attention.softcap)
-        shared = attend(query, *layer.read(self.shared), None).transpose(1, 2)
-        return merge_parts([shared, self._attend(layer, query, attend)], attention.sinks).to(query.dtype)
+        parts = [self._attend(layer, query, attend)]
+        if self.shared is not None:
+            parts.insert(0, attend(query, *layer.read(self.shared), None).transpose(1, 2))
+        return merge_parts(parts, attention.sinks).to(query.dtype)
 
     def _attend(self, layer: PagedLayer, query: torch.Tensor, attend: Attend) -> torch.Tensor:
         if self.batch is not None:
@@ -149,7 +190,7 @@ def find_padded_rows(spans: Sequence[Span], num_slots: int) -> EvenRows | None:
 def padded_batch(
     spans: Sequence[Span], window: int | None, like: torch.Tensor, even: EvenRows | None = None
 ) -> PaddedBatch:
-    """Slots, mask and places of sequences that are read together."""
+    """Sequences that are read together."""
     num_keys, num_queries = max(span.num_keys for span in spans), max(span.num_queries for span in spans)
     starts = torch.tensor([span.num_keys - span.num_queries for span in spans])
     positions = starts[:, None, None] + torch.arange(num_queries)[None, :, None]
@@ -157,11 +198,8 @@ def padded_batch(
     for row, span in enumerate(spans):
         if span.tree is not None:
             mask[row] = span.tree.mask(num_queries, num_keys, window, like)
-    places = None
-    if any(span.num_queries != num_queries for span in spans):
-        own_places = [torch.arange(row * num_queries, row * num_queries + s.num_queries) for row, s in enumerate(spans)]
-        places = torch.cat(own_places).to(like.device)
-    return PaddedBatch(even or _gathered_slots(spans, num_keys).to(like.device), mask, places)
+    slots = even or _gathered_slots(spans, num_keys).to(like.device)
+    return PaddedBatch(slots, mask, [span.num_queries for span in spans])
 
 
 def _gathered_slots(spans: Sequence[Span], num_keys: int) -> torch.Tensor:
@@ -195,27 +233,22 @@ def _additive(is_hidden: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _attend_batched(layer: PagedLayer, batch: PaddedBatch, query: torch.Tensor, attend: Attend) -> torch.Tensor:
     assert layer.pools is not None
-    num_rows, _, num_queries, _ = batch.mask.shape
     keys, values = batch.read(layer.pools[0]), batch.read(layer.pools[1])
-    if num_queries == 1:
+    num_rows, num_heads, width = len(batch.num_queries), query.shape[1], max(batch.num_queries)
+    if width == 1:
         output = attend(query.permute(2, 1, 0, 3), keys, values, batch.mask)
         return output.permute(2, 0, 1, 3)
-    rows = query[0]  # (H, T, D)
-    if batch.places is not None:
-        padded = rows.new_zeros(rows.shape[0], num_rows * num_queries, rows.shape[2])
-        padded[:, batch.places] = rows
-        rows = padded
-    q = rows.unflatten(1, (num_rows, num_queries)).transpose(0, 1)  # (S, H, Q, D)
-    output = attend(q, keys, values, batch.mask).transpose(1, 2).flatten(0, 1)  # (S * Q, H, D)
-    return (output if batch.places is None else output[batch.places])[None]
+    # Every key is then read once for all heads of its group: a third less time on a CPU.
+    grouped = batch.grouped(num_heads, keys.shape[1])
+    rows = query[0].transpose(0, 1).flatten(0, 1).index_select(0, grouped.into)  # (S * H * Q, D)
+    q = rows.view(num_rows, keys.shape[1], -1, rows.shape[1])  # (S, K, G * Q, D)
+    output = attend(q, keys, values, grouped.mask).flatten(0, 2).index_select(0, grouped.back)  # (T * H, D)
+    return output.view(1, -1, num_heads, output.shape[1])
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, attention: Attention
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
     """Attention of `(S, H, Q, D)` over `(S, K, L, D)`, to `(S, H, Q, D)`."""
-    if attention.softcap is not None or attention.sinks is not None:
-        part = attend_part(q, k, v, mask, attention.scaling, attention.softcap).transpose(1, 2)
-        return merge_parts([part], attention.sinks).transpose(1, 2).to(q.dtype)
     is_grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scaling, enable_gqa=is_grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=is_grouped)
