@@ -85,6 +85,7 @@ class StrictReplay:
 def use_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have `attention="triton"` served by the kernels' twins in torch, and capture what comes for the first time."""
     monkeypatch.setattr(kernels, "store", torch_kernels.store)
+    monkeypatch.setattr(kernels, "move", torch_kernels.move)
     monkeypatch.setattr(kernels, "paged_attention", torch_kernels.paged_attention)
     monkeypatch.setattr(cuda_graphs, "CAPTURED_FROM", 1)
 

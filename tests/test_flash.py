@@ -51,6 +51,7 @@ def enabled() -> Iterator[None]:
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIns]:
     """Libraries to be installed, on the CPU, in float64 too."""
     monkeypatch.setattr(kernels, "store", torch_kernels.store)
+    monkeypatch.setattr(kernels, "move", torch_kernels.move)
     monkeypatch.setattr(kernels, "paged_attention", torch_kernels.paged_attention)
     monkeypatch.setattr(kernels, "IS_INTERPRETED", True)
     monkeypatch.setattr(kernels, "DTYPES", (*kernels.DTYPES, torch.float64))

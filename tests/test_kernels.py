@@ -91,6 +91,35 @@ def test_attention_is_that_of_float64_token_by_token(implementation: Any, device
     assert error < MAX_ERROR[dtype], f"{error}: {case.description}"
 
 
+@pytest.mark.parametrize(
+    ("implementation", "device"),
+    [
+        pytest.param(kernels, "cpu", marks=needs_interpreter, id="triton"),
+        pytest.param(torch_kernels, "cpu", id="torch"),
+        pytest.param(kernels, "cuda", marks=pytest.mark.cuda, id="cuda"),
+    ],
+)
+@pytest.mark.parametrize("number", range(24))
+def test_what_slots_hold_moves_in_all_pools_as_it_was_before(implementation: Any, device: str, number: int) -> None:
+    chance, generator = random.Random(number), torch.Generator().manual_seed(number)
+    dtype, num_slots = chance.choice(DTYPES), chance.choice([8, 64, 400])
+    shapes = [(chance.choice([1, 3]), chance.choice([32, 48, 80, 256])) for _ in range(chance.choice([1, 2]))]
+    pools = [
+        torch.randn(1, heads, num_slots, dim, generator=generator).to(device, dtype)
+        for heads, dim in shapes
+        for _ in range(chance.choice([2, 5]))
+    ]
+    places = chance.sample(range(num_slots), num_slots)  # slots of a sequence, in the order of its tokens
+    kept = sorted(chance.sample(range(1, num_slots), chance.randint(1, min(num_slots - 1, 150))))
+    source, target = [places[place] for place in kept], [places[new] for new in range(len(kept))]
+    expected = [pool.clone() for pool in pools]
+    for pool in expected:
+        pool[:, :, target] = pool[:, :, source].clone()
+    implementation.move(pools, source, target)
+    for pool, right in zip(pools, expected, strict=True):
+        assert torch.equal(pool, right)
+
+
 def test_one_set_of_tables_serves_many_steps_at_the_same_addresses(seed: int) -> None:
     """As a CUDA graph needs it: launched for fixed bounds, the kernels follow what the tables are filled with."""
     chance, config = random.Random(seed), LlamaConfig(num_hidden_layers=1, num_attention_heads=2)
@@ -156,11 +185,15 @@ def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
     """
     steps: list[Bounds] = []
     lock = threading.Lock()
-    store, paged_attention = request.param.store, request.param.paged_attention
+    store, move, paged_attention = request.param.store, request.param.move, request.param.paged_attention
 
     def locked_store(*arguments: Any) -> None:
         with lock:
             store(*arguments)
+
+    def locked_move(*arguments: Any) -> None:
+        with lock:
+            move(*arguments)
 
     def locked_attention(*arguments: Any) -> torch.Tensor:
         with lock:
@@ -168,6 +201,7 @@ def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
             return paged_attention(*arguments)
 
     monkeypatch.setattr(kernels, "store", locked_store)
+    monkeypatch.setattr(kernels, "move", locked_move)
     monkeypatch.setattr(kernels, "paged_attention", locked_attention)
     return steps
 

@@ -41,6 +41,7 @@ from hf_pearl.cache import kernels
 for seed, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)):
     case = random_case(seed, dtype)
     kernels.store(*case.new, case.pools, case.tables)
+    kernels.move(case.pools, [5, 9], [4, 5])
     for num_parts in (1, 3):
         kernels.paged_attention(case.query, case.pools, case.tables, case.attention, None, num_parts)
 """
@@ -60,6 +61,11 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(capability: int, tmp_path: P
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     compiled = [line.split() for line in result.stdout.splitlines()]
-    assert {name for name, *_ in compiled} == {"store_kernel", "paged_attention_kernel", "merge_parts_kernel"}
+    assert {name for name, *_ in compiled} == {
+        "store_kernel",
+        "move_kernel",
+        "paged_attention_kernel",
+        "merge_parts_kernel",
+    }
     assert all(has_code == "True" for _, has_code, _ in compiled)
     assert max(int(shared) for *_, shared in compiled) <= MAX_SHARED_BYTES[capability]

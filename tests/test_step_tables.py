@@ -66,6 +66,7 @@ class History:
         self.chance = chance
         self.cache = PagedPrefixCache(LlamaConfig(num_hidden_layers=1, num_attention_heads=2), 200, BLOCK_SIZE)
         self.sequences: list[PagedSequence] = []
+        self.token_ids: dict[PagedSequence, list[int]] = {}
         self.kept = CopiedTables()
         self.happened: list[str] = []
 
@@ -74,22 +75,37 @@ class History:
         what = self.chance.choice(["rollback", "fork", "keep", "end", "begin", "nothing", "nothing"])
         if not self.sequences or (what == "begin" and len(self.sequences) < 5):
             prompt = [1, 2, 3, *self.chance.choices(range(2), k=self.chance.randrange(9))]
-            self.sequences.append(self.cache.allocate(prompt, expected_length=self.chance.choice([0, 40])))
+            self._begin(self.cache.allocate(prompt, expected_length=self.chance.choice([0, 40])), prompt)
             return
         sequence = self.chance.choice(self.sequences)
         if what == "rollback":
-            self.cache.rollback(sequence, self.chance.randint(0, sequence.length))
+            self._rollback(sequence, self.chance.randint(0, sequence.length))
         elif what == "fork" and len(self.sequences) < 5:
-            self.sequences.append(self.cache.fork(sequence))
+            self._begin(self.cache.fork(sequence), self.token_ids[sequence])
         elif what == "keep":
             num_first = self.chance.randint(0, sequence.length)
             places = [place for place in range(num_first, sequence.length) if self.chance.random() < 0.5]
             self.cache.keep(sequence, num_first, places)
+            token_ids = self.token_ids[sequence]
+            self.token_ids[sequence] = [*token_ids[:num_first], *(token_ids[place] for place in places)]
         elif what == "end":
-            self.cache.insert_prefix(sequence, [1, 2, 3, *self.chance.choices(range(2), k=20)])
+            self.cache.insert_prefix(sequence, self.token_ids.pop(sequence))
             self.cache.free(sequence)
             self.sequences.remove(sequence)
         self.happened.append(what)
+
+    def _begin(self, sequence: PagedSequence, token_ids: Sequence[int]) -> None:
+        self.sequences.append(sequence)
+        self.token_ids[sequence] = list(token_ids[: sequence.length])
+
+    def _rollback(self, sequence: PagedSequence, length: int) -> None:
+        self.cache.rollback(sequence, length)
+        del self.token_ids[sequence][length:]
+
+    def _append(self, sequence: PagedSequence, num_tokens: int) -> None:
+        self.cache.append(sequence, num_tokens)
+        known = [1, 2, 3][len(self.token_ids[sequence]) :]
+        self.token_ids[sequence] += [*known, *self.chance.choices(range(2), k=num_tokens)][:num_tokens]
 
     def step(self) -> None:
         """Fill the tables for some sequences, and others anew."""
@@ -99,11 +115,11 @@ class History:
         num_new, trees = [], []
         for sequence in chosen:
             if sequence.length > MAX_TOKENS:
-                self.cache.rollback(sequence, chance.randrange(MAX_TOKENS))
+                self._rollback(sequence, chance.randrange(MAX_TOKENS))
             num, earlier = chance.choice([1, 1, 2, 9]), chance.choice([0, 2, 30]) if chance.random() < 0.5 else None
             trees.append(None if earlier is None else random_tree(chance, sequence.length, earlier, num))
             for _ in range(1 + num_later):
-                self.cache.append(sequence, num + (earlier or 0))
+                self._append(sequence, num + (earlier or 0))
                 earlier = 0
             num_new.append(num)
         anew = StepTables(LIMITS, BLOCK_SIZE, "cpu", BOUNDS)

@@ -10,6 +10,7 @@ windows of draft and target are.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,10 @@ class FlashKernels:
     def store(self, key: torch.Tensor, value: torch.Tensor, pools: Pools, tables: StepTables) -> None:
         """`Kernels.store`, by Triton."""
         kernels.store(key, value, pools, tables)
+
+    def move(self, pools: Sequence[torch.Tensor], source: Sequence[int], target: Sequence[int]) -> None:
+        """`Kernels.move`, by Triton."""
+        kernels.move(pools, source, target)
 
     def paged_attention(
         self,

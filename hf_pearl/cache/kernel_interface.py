@@ -6,6 +6,7 @@ slots.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -24,9 +25,9 @@ class Pools(NamedTuple):
 
 
 class Kernels(Protocol):
-    """A module or an object with these two functions.
+    """A module or an object with these functions.
 
-    Where calls are to be captured in a CUDA graph, neither reads a tensor of the device on the host.
+    Where calls are to be captured in a CUDA graph, none reads a tensor of the device on the host.
     """
 
     def store(self, key: torch.Tensor, value: torch.Tensor, pools: Pools, tables: StepTables) -> None:
@@ -37,6 +38,15 @@ class Kernels(Protocol):
         ValueError
             Tensors of unequal dtypes, on other devices, of unsupported dtype or head dimension, or more than the tables
             are bounded by.
+        """
+
+    def move(self, pools: Sequence[torch.Tensor], source: Sequence[int], target: Sequence[int]) -> None:
+        """Copy what slots hold, in pools of one dtype and device, `(1, K, N, D)` each; all is read as it was before.
+
+        Parameters
+        ----------
+        source, target : sequence of int
+            Slots, ascending by the place of their tokens; none is written to by a token behind those it held.
         """
 
     def paged_attention(

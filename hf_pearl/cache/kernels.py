@@ -2,12 +2,14 @@
 
 Nothing here reads a tensor of the device, so that every call may be captured in a CUDA graph.
 
-`kernel_interface.py` says what the two functions take and return, and the shapes.
+`kernel_interface.py` says what the functions take and return, and the shapes.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from ..device_guard import device_guard
 from .kernel_interface import Pools
 from .step_tables import Bounds, StepTables
 from .triton_attention import Constants
-from .triton_kernels import merge_parts_kernel, paged_attention_kernel, store_kernel
+from .triton_kernels import merge_parts_kernel, move_kernel, paged_attention_kernel, store_kernel
 
 if TYPE_CHECKING:
     from .step import Attention
@@ -29,6 +31,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, *((torch.float64,) if IS
 MAX_HEAD_DIM = 256
 MAX_PARTS = 32
 MIN_TILE, MAX_ROWS = 16, 64  # what products of matrices take at least; rows of a tile of queries
+MOVE_TILES = (4, 16, 64)  # tokens that one launch moves: few sizes, since each is compiled
+MAX_MOVES = MOVE_TILES[-1]
 PROGRAMS_PER_PROCESSOR = 2  # of a GPU, which contexts are split for
 
 
@@ -45,6 +49,33 @@ def store(key: torch.Tensor, value: torch.Tensor, pools: Pools, tables: StepTabl
             *(each.stride()[1:3] for each in (key, value, *pools)),
             DIM_TILE=triton.next_power_of_2(max(key_dim, value_dim)),
             num_warps=1,
+        )
+
+
+def move(pools: Sequence[torch.Tensor], source: Sequence[int], target: Sequence[int]) -> None:
+    """`Kernels.move`, by one kernel for all pools of one shape, and one copy to the device."""
+    for first in range(0, len(source), MAX_MOVES):  # What is written to first is not read later.
+        slots = [*source[first : first + MAX_MOVES], *target[first : first + MAX_MOVES]]
+        for _, alike in groupby(sorted(pools, key=_layout), key=_layout):
+            _move(list(alike), slots)
+
+
+def _layout(pool: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(pool.shape), pool.stride()
+
+
+def _move(pools: Sequence[torch.Tensor], slots: Sequence[int]) -> None:
+    pool, num_moves = pools[0], len(slots) // 2
+    numbers = torch.tensor([*(each.data_ptr() for each in pools), *slots])
+    if pool.device.type == "cuda":
+        numbers = numbers.pin_memory().to(pool.device, non_blocking=True)
+    with device_guard(pool):
+        move_kernel[(len(pools), pool.shape[1])](
+            *(numbers, pool),
+            *(len(pools), num_moves, pool.shape[3], pool.stride()[1:3]),
+            MOVE_TILE=min(tile for tile in MOVE_TILES if tile >= num_moves),
+            DIM_TILE=triton.next_power_of_2(pool.shape[3]),
+            num_warps=4,
         )
 
 

@@ -195,17 +195,6 @@ class PagedLayer(CacheLayerMixin):
     reset = reorder_cache = crop = offload = prefetch = update
 
 
-def copy_slots(layers: Sequence[PagedLayer], source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy the slots `source` `(n,)` to `target` in every layer, on that layer's device."""
-    slots: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-    for layer in layers:
-        device = layer.device
-        if device is not None:
-            if device not in slots:
-                slots[device] = source.to(device), target.to(device)
-            layer.copy(*slots[device])
-
-
 def _put(pool: torch.Tensor, slots: Slots, new: torch.Tensor) -> None:
     if isinstance(slots, slice):
         pool.narrow(2, slots.start, slots.stop - slots.start).copy_(new)

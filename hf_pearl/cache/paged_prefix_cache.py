@@ -29,10 +29,11 @@ from ..errors import PearlOutOfBlocksError
 from .batch import BatchOfRows
 from .block_pool import BlockPool
 from .cache_arguments import check_arguments
-from .paged_layer import PagedLayer, as_numbers, copy_slots
+from .paged_layer import PagedLayer, as_numbers
 from .paged_sequence import PagedSequence
 from .prefix_index import PrefixIndex
 from .sizing import DEFAULT_BLOCK_SIZE, CacheNeeds, memory_share, num_blocks_for
+from .slot_moves import move_slots
 from .statistics import CacheStatistics
 
 INITIAL_BLOCKS = 256
@@ -226,9 +227,9 @@ class PagedPrefixCache(BatchOfRows):
         end = num_first + len(places)
         moved = [(new, place) for new, place in enumerate(places, start=num_first) if new != place]
         if moved:
-            slots = as_numbers(sequence.slots(self.block_size, num_first, sequence.length))
-            new, old = (slots[torch.tensor(each) - num_first] for each in zip(*moved, strict=True))
-            copy_slots(self.layers, old, new)
+            slots = as_numbers(sequence.slots(self.block_size, num_first, sequence.length)).tolist()
+            new, old = ([slots[place - num_first] for place in each] for each in zip(*moved, strict=True))
+            move_slots(self.layers, self.backend, old, new)
         self.rollback(sequence, end)
 
     def _shrink(self, sequence: PagedSequence, num_blocks: int) -> None:

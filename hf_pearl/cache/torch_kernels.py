@@ -9,6 +9,7 @@ slots, `Q` queries and `L` keys of one sequence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,12 @@ def store(key: torch.Tensor, value: torch.Tensor, pools: Pools, tables: StepTabl
     is_stored = slots >= 0
     for pool, new in zip(pools, (key, value), strict=True):
         pool[:, :, slots[is_stored]] = new[:, :, : len(slots)][:, :, is_stored]
+
+
+def move(pools: Sequence[torch.Tensor], source: Sequence[int], target: Sequence[int]) -> None:
+    """`Kernels.move`."""
+    for pool in pools:
+        pool[:, :, list(target)] = pool[:, :, list(source)]
 
 
 def paged_attention(

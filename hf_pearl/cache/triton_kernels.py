@@ -55,6 +55,37 @@ def store_kernel(
     tl.store(place + dims, new, mask=dims < value_dim)
 
 
+@triton.jit(do_not_specialize=["num_pools", "num_moves"])
+def move_kernel(
+    # pointers
+    numbers: tl.tensor,  # (P + 2 M,), int64: addresses of pools, slots to read, slots to write
+    pool: tl.tensor,  # (K, N, D): one of them
+    # sizes
+    num_pools: tl.tensor,
+    num_moves: tl.tensor,
+    dim: tl.tensor,
+    # strides: of a head and of a slot
+    strides: tl.tuple,
+    # constants
+    MOVE_TILE: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+) -> None:
+    """Copy one head's vectors from slots to slots, in one of `P` pools; grid `(P, K)`.
+
+    With slots [5, 9] to read and [4, 5] to write, slot 4 gets what 5 held, and 5 what 9 held.
+    """
+    address, head = tl.load(numbers + tl.program_id(0)), tl.program_id(1).to(tl.int64)
+    head_start = address.to(tl.pointer_type(pool.dtype.element_ty)) + head * strides[0]
+    moves, dims = tl.arange(0, MOVE_TILE), tl.arange(0, DIM_TILE)
+    is_move = moves < num_moves
+    source = tl.load(numbers + num_pools + moves, mask=is_move, other=0)
+    target = tl.load(numbers + num_pools + num_moves + moves, mask=is_move, other=0)
+    mask = is_move[:, None] & (dims < dim)[None, :]
+    held = tl.load(head_start + source[:, None] * strides[1] + dims[None, :], mask=mask)
+    tl.debug_barrier()  # A slot may be read by one thread and written to by another.
+    tl.store(head_start + target[:, None] * strides[1] + dims[None, :], held, mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_parts", "block_table_stride"])
 def paged_attention_kernel(
     # pointers
