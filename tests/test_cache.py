@@ -568,3 +568,20 @@ def test_a_rollback_beyond_the_sequence_is_refused(length: int) -> None:
     cache.append(sequence, 4)
     with pytest.raises(ValueError, match="between 0 and 4"):
         cache.rollback(sequence, length)
+
+
+def test_tokens_that_others_read_are_not_moved_over() -> None:
+    """What a fork or the index holds stands; behind it, a tree's tokens move up, and a refusal changes nothing."""
+    cache = new_cache()
+    first = computed(cache, A[:6])
+    second = Tracked(cache.fork(first.paged), A[:6], A[:6])
+    with pytest.raises(ValueError, match="from 4 on that are forked or indexed"):
+        cache.keep(second.paged, 4, [5])
+    cache.free(second.paged)
+    cache.insert_prefix(first.paged, A[:5])
+    with pytest.raises(ValueError, match="from 4 on that are forked or indexed"):
+        cache.keep(first.paged, 4, [5])
+    assert_holds(cache, first)
+    cache.append(first.paged, 1)
+    cache.keep(first.paged, 5, [6])
+    assert first.paged.length == 6 and cache.allocate([*A[:5], 1]).length == 5

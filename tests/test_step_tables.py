@@ -83,7 +83,7 @@ class History:
         elif what == "fork" and len(self.sequences) < 5:
             self._begin(self.cache.fork(sequence), self.token_ids[sequence])
         elif what == "keep":
-            num_first = self.chance.randint(0, sequence.length)
+            num_first = self.chance.randint(self._num_not_own(sequence), sequence.length)
             places = [place for place in range(num_first, sequence.length) if self.chance.random() < 0.5]
             self.cache.keep(sequence, num_first, places)
             token_ids = self.token_ids[sequence]
@@ -97,6 +97,12 @@ class History:
     def _begin(self, sequence: PagedSequence, token_ids: Sequence[int]) -> None:
         self.sequences.append(sequence)
         self.token_ids[sequence] = list(token_ids[: sequence.length])
+
+    def _num_not_own(self, sequence: PagedSequence) -> int:
+        """Tokens of a sequence up to its last block that is forked or indexed: `keep` may not write there."""
+        pool, index = self.cache.pool, self.cache.index
+        others = [place for place, block in enumerate(sequence.block_table) if pool.count(block) > 1 or block in index]
+        return min(sequence.length, (others[-1] + 1) * BLOCK_SIZE) if others else 0
 
     def _rollback(self, sequence: PagedSequence, length: int) -> None:
         self.cache.rollback(sequence, length)

@@ -140,7 +140,8 @@ class PagedPrefixCache(BatchOfRows):
             No block is free, none can be evicted, and the pool may not grow.
         """
         before = len(sequence.block_table)
-        shared = self._shared_last_block(sequence) if num_tokens else None
+        last, filled = sequence.last_block, sequence.length % self.block_size
+        shared = last if num_tokens and filled and last is not None and self._others_read(last, filled) else None
         num_new = -(-(sequence.length + num_tokens) // self.block_size) - before + (shared is not None)
         if shared is not None:
             sequence.pop()
@@ -157,14 +158,10 @@ class PagedPrefixCache(BatchOfRows):
             self.pool.release(shared, keep=shared in self.index)
         sequence.length += num_tokens
 
-    def _shared_last_block(self, sequence: PagedSequence) -> int | None:
-        """The partly filled last block, if somebody else names it or may find what would be overwritten."""
-        filled = sequence.length % self.block_size
-        if not filled:
-            return None
-        block = sequence.block_table[-1]
+    def _others_read(self, block: int, filled: int) -> bool:
+        """Whether somebody else names the block, or may find what lies behind its first `filled` tokens."""
         entry = self.index.entry(block)
-        return block if self.pool.count(block) > 1 or (entry and len(entry.token_ids) > filled) else None
+        return self.pool.count(block) > 1 or (entry is not None and len(entry.token_ids) > filled)
 
     def _copy(self, source: int, target: int) -> None:
         size = self.block_size
@@ -223,10 +220,14 @@ class PagedPrefixCache(BatchOfRows):
         self._shrink(sequence, -(-length // self.block_size))
 
     def keep(self, sequence: PagedSequence, num_first: int, places: Sequence[int]) -> None:
-        """Drop all but the first tokens and those at `places`, ascending and not forked or indexed, which move up."""
+        """Drop all but the first tokens and those at `places`, ascending, which move up: not over what others read."""
         end = num_first + len(places)
         moved = [(new, place) for new, place in enumerate(places, start=num_first) if new != place]
         if moved:
+            first, size = moved[0][0], self.block_size
+            written = enumerate(sequence.block_table[first // size : -(-end // size)], start=first // size)
+            if any(self._others_read(block, max(0, first - number * size)) for number, block in written):
+                raise ValueError(f"`places` would move over tokens from {first} on that are forked or indexed.")
             slots = as_numbers(sequence.slots(self.block_size, num_first, sequence.length)).tolist()
             new, old = ([slots[place - num_first] for place in each] for each in zip(*moved, strict=True))
             move_slots(self.layers, self.backend, old, new)
@@ -256,8 +257,7 @@ class PagedPrefixCache(BatchOfRows):
 
     def free(self, sequence: PagedSequence) -> None:
         """Give the sequence back; indexed blocks stay cached until their memory is needed, leaves going first."""
-        sequence.length = 0
-        self._shrink(sequence, 0)
+        self.rollback(sequence, 0)
 
     def clear(self) -> None:
         """Forget every prefix; sequences in use keep their blocks."""
