@@ -30,7 +30,7 @@ from .decoding.request import Request
 from .decoding.rules import Rules
 from .decoding.stats import PearlStats
 from .decoding.verification import Verifier
-from .fingerprint import fingerprint
+from .fingerprint import Fingerprint, fingerprint
 from .interrupts import KeptInterrupts
 from .learnt import Learnt, Runner
 from .model_devices import input_device
@@ -69,7 +69,7 @@ class PearlEngine:
         self.workers = DraftWorkers()  # They end with the engine, also when it is garbage.
         self.learnt = Learnt()
         self.graphs = LaneGraphs()
-        self._fingerprints: dict[str, object] = {}
+        self._fingerprints: dict[str, Fingerprint] = {}
         self._shares: dict[tuple[torch.device, int], int] = {}
 
     def decode(
@@ -288,7 +288,7 @@ class PearlEngine:
             needs, config.cache_bytes, lambda device: self._share(device, list(models.values()))
         )
         for name, model in models.items():
-            cache, now = self.caches.get(name), fingerprint(model)
+            cache, now = self.caches.get(name), fingerprint(model, self._fingerprints.get(name))
             device = input_device(model)
             made_for = device, num_blocks, config.eight_bit_cache
             if cache is None or (cache.device, cache.pool.max_blocks, cache.eight_bit) != made_for:

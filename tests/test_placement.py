@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
 from models import (
     assert_equal,
     assert_nothing_held,
@@ -125,6 +126,16 @@ def test_a_change_of_offloaded_weights_is_seen(seed: int) -> None:
     weights = model.lm_head._hf_hook.weights_map
     weights["weight"].mul_(2.0)
     assert fingerprint(model) != before
+
+
+def test_a_model_may_be_offloaded_and_loaded_again_between_calls(seed: int) -> None:
+    target = tiny_model("llama", seed)
+    inputs = random_prompts(random.Random(seed), 1, (9,))
+    expected = target.generate(**inputs, do_sample=False, max_new_tokens=8)
+    for change in (lambda: None, lambda: cpu_offload(target, CPU), lambda: remove_hook_from_submodules(target)):
+        change()
+        output = target.generate(**inputs, do_sample=False, max_new_tokens=8, pearl=True)
+        assert output.tolist() == expected.tolist()
 
 
 def test_nothing_is_moved_on_a_cpu(seed: int) -> None:

@@ -312,6 +312,41 @@ def test_a_write_that_nobody_can_see_needs_clear_cache() -> None:
     assert output.pearl.prefilled_tokens == PROMPT_LENGTH
 
 
+def _replace(module: torch.nn.Linear) -> None:
+    module.weight = torch.nn.Parameter(module.weight.data, requires_grad=False)
+
+
+def _set_data(module: torch.nn.Linear, data: torch.Tensor) -> None:
+    module.weight.data = data
+
+
+MEMORY = bytearray(64)
+TENSOR_CHANGES: dict[str, Callable[[torch.nn.Linear], object]] = {
+    "in place": lambda module: module.weight.add_(1.0),
+    "another parameter in the same memory": _replace,
+    "another part of its memory": lambda module: _set_data(module, module.weight.data[1:]),
+    "another storage in the same memory": lambda module: _set_data(module, weight_in_memory()),
+    "another dtype in the same memory": lambda module: _set_data(module, module.weight.data.view(torch.int32)),
+    "offloaded": lambda module: module.to("meta"),
+}
+
+
+def weight_in_memory() -> torch.Tensor:
+    return torch.frombuffer(MEMORY, dtype=torch.float32).view(4, 4)
+
+
+@pytest.mark.parametrize("change", TENSOR_CHANGES.values(), ids=TENSOR_CHANGES)
+def test_every_change_of_a_tensor_is_told_from_what_it_was(change: Callable[[torch.nn.Linear], object]) -> None:
+    """Both by looking at all of it, and by comparing it with what was found last."""
+    module = torch.nn.Linear(4, 4, bias=False)
+    module.weight = torch.nn.Parameter(weight_in_memory(), requires_grad=False)
+    last = fingerprint(module)
+    assert fingerprint(module, last) == fingerprint(module) == last
+    change(module)
+    assert fingerprint(module, last) == fingerprint(module) != last
+    assert fingerprint(module, fingerprint(module)).tensors == fingerprint(module).tensors
+
+
 def test_a_model_made_in_inference_mode_is_taken_for_changed_every_time() -> None:
     """Its tensors count no versions."""
     with torch.inference_mode():
