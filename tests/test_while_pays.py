@@ -15,6 +15,7 @@ import hf_pearl
 from hf_pearl import PearlConfig
 from hf_pearl.decoding import loop
 from hf_pearl.decoding.benefit import (
+    MAX_COST,
     MIN_PATIENCE,
     NUM_BLOCK,
     NUM_PLAIN,
@@ -61,6 +62,15 @@ def test_the_faster_mode_is_used_and_the_other_one_tried_ever_less(fastest: str,
     later = modes[10_000:]
     assert set(later) == {"plain", "drafted"}, "one is never tried again"
     assert later.count(fastest) > 0.99 * len(later)
+
+
+@pytest.mark.parametrize("slower", [1.05, 1.4, 3.0])
+@pytest.mark.parametrize("fastest", ["plain", "drafted"])
+def test_trying_the_slower_mode_again_costs_little(fastest: str, slower: float) -> None:
+    seconds = {"plain": slower, "drafted": slower, fastest: 1.0}
+    modes = record(Benefit(), 6000, **seconds)[300:]  # after the first contest
+    num_tries = sum(mode != fastest for mode in modes)
+    assert num_tries * (slower - 1.0) < MAX_COST * len(modes)
 
 
 @pytest.mark.parametrize("pace", [1.0, 30.0])

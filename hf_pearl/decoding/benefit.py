@@ -24,6 +24,7 @@ FAR_BEHIND = 0.8  # times as fast, and the challenger has lost
 NUM_CONTEST = 96  # cycles of one after which a lead counts that is not clear
 STRAY = 3.0  # times the median of its mode's cycles: one that takes longer says nothing of the mode
 MIN_PATIENCE, MAX_PATIENCE = 256, 16384  # cycles until a mode that was slower is tried again
+MAX_COST = 0.005  # part of its time that the faster mode may lose to contests
 
 
 class Benefit:
@@ -44,7 +45,7 @@ class Benefit:
         self._cycles: dict[Mode, deque[tuple[float, float]]] = {}  # tokens per row, seconds
         for mode in MODES:
             self._cycles[mode] = deque(maxlen=2 * NUM_CONTEST)
-        self._patience = MIN_PATIENCE
+        self._patience: float = MIN_PATIENCE
         self._age = 0  # cycles since the last contest
         self._champion: Mode = "drafted"
         self._is_contest = True
@@ -109,11 +110,21 @@ class Benefit:
 
     def _end_contest(self) -> None:
         if self._is_clear or (self._lead > 0.0 and self._num_cycles >= NUM_CONTEST):
-            self._champion, self._patience = self._challenger, MIN_PATIENCE
+            self._champion, patience = self._challenger, float(MIN_PATIENCE)
         else:
-            self._patience = min(2 * self._patience, MAX_PATIENCE)
+            patience = 2 * self._patience
+        self._patience = min(max(patience, self._cost / MAX_COST), MAX_PATIENCE)
         self._is_contest, self._age = False, 0
         self.mode, self._left = self._champion, NUM_CLEAR
+
+    @property
+    def _cost(self) -> float:
+        """How much longer the other mode took in the contest than the one in use would have, in cycles of that one."""
+        tried, typical, rate = self._typical(self._challenger), self._typical(self._champion), self.rate(self._champion)
+        if not tried or not rate:
+            return 0.0
+        lost = sum(seconds - tokens / rate for tokens, seconds in tried)
+        return max(0.0, lost / statistics.mean(seconds for _, seconds in typical))
 
     def _look_around(self) -> None:
         """Stay in the mode in use, or begin a contest: the other one seems to be faster, or was not tried for long."""

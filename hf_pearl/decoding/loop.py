@@ -98,6 +98,7 @@ class DecodingLoop:
         self._queue(launch, logits)
         verdicts, num_accepted = self.verifier.judge(), self.stats.accepted_tokens
         ended = self.clock() if ended is None else ended  # Elsewhere a forward has ended when its tokens are known.
+        self._tell(verdicts)  # First of all: the draft may be guessing behind a token that did not stand.
         self._count(launch, verdicts)
         self._commit(verdicts)
         num_tokens = sum(len(window.token_ids) for window in launch.windows)
@@ -159,8 +160,19 @@ class DecodingLoop:
             self.stats.decode_windows += len(launch.windows)
             self.stats.decode_tokens += sum(map(len, verdicts.values()))
 
+    def _tell(self, verdicts: dict[int, tuple[int, ...]]) -> None:
+        """Send the draft all that is verified and that it has not heard of: while it rested, it heard nothing."""
+        if self.draft is None or self.schedule.is_resting:
+            return
+        for request in self.requests:
+            while request.request_id in verdicts and request.num_told < len(request.verified):
+                new = tuple(request.verified[request.num_told :][:MAX_TOKENS_PER_VERDICT])
+                request.num_verdicts += 1
+                request.num_told += len(new)
+                self.draft.send(Verdict(request.request_id, request.num_verdicts, new))
+
     def _commit(self, verdicts: dict[int, tuple[int, ...]]) -> None:
-        """Tell the draft, and drop from the target's cache what did not stand."""
+        """Drop from the target's cache what did not stand, and end what has ended."""
         for request in self.requests:
             tokens = verdicts.get(request.request_id)
             if tokens is None:
@@ -168,8 +180,6 @@ class DecodingLoop:
             self.stats.generated_tokens += len(tokens)
             if request.finished or not request.pending:
                 self._drop_guesses(request)
-            if self.draft is not None and not self.schedule.is_resting:
-                self._tell(self.draft, request)
         for request in self.requests:
             if request.finished and not request.is_released:
                 request.is_released = True
@@ -184,12 +194,3 @@ class DecodingLoop:
             self.target.keep(request.request_id, first, [first + place for place in request.stood])
         valid = min(self.target.length(request.request_id), len(request.verified) - 1)
         self.target.rollback(request.request_id, valid)
-
-    @staticmethod
-    def _tell(draft: VerdictSink, request: Request) -> None:
-        """Send all that is verified and that the draft has not heard of: while it rested, it heard nothing."""
-        while request.num_told < len(request.verified):
-            new = tuple(request.verified[request.num_told :][:MAX_TOKENS_PER_VERDICT])
-            request.num_verdicts += 1
-            request.num_told += len(new)
-            draft.send(Verdict(request.request_id, request.num_verdicts, new))
