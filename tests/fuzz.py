@@ -92,8 +92,8 @@ class Outcomes:
             self.num_varied += is_varied(generated)
 
     def assert_not_trivial(self) -> None:
-        """Fail unless every tenth of the acceptance rates was hit, and nearly all outputs were varied."""
-        num_parts = 10 if self.num_runs >= 100 else 5  # tenths of the acceptance rate; fifths in a short series
+        """Fail unless every part of the acceptance rates was hit, and nearly all outputs were varied."""
+        num_parts = 10 if self.num_runs >= 500 else 5  # tenths of the acceptance rate; fifths in a short series
         hit = {min(num_parts - 1, int(num_parts * rate)) for rate in self.acceptances}
         assert hit == set(range(num_parts)), f"acceptance rates were hit only in parts {sorted(hit)} of {num_parts}"
         assert self.num_refused < 0.02 * self.num_runs, f"{self.num_refused} of {self.num_runs} calls were refused"

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from hf_pearl.parallel import heartbeat
 from hf_pearl.parallel.ranks import shared_collectives
 from hf_pearl.parallel.ranks.child_ranks import ChildRanks
 from hf_pearl.parallel.ranks.lane import leader_of
+from hf_pearl.parallel.ranks.wire import RankModel
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKSTEP = PearlConfig(draft_length=4, seed=7)  # waits for the draft, whose guesses then depend on no time
@@ -232,6 +234,8 @@ def test_what_a_part_cannot_do_is_refused(launched: LaunchedPair, saved: Saved) 
         launched.target(input_ids=torch.tensor([[1]]))
     with pytest.raises(RuntimeError, match="one of 2 parts"):
         launched.generate(**saved.inputs, pearl=False, max_new_tokens=2)
+    with pytest.raises(RuntimeError, match=r"one of 2 parts.*Load the whole model"):
+        launched.target.save_pretrained("nowhere")
     for act, cure in (
         (lambda: hf_pearl.tune(launched.target, saved.draft, [[1, 2, 3]]), "from_pretrained"),
         (lambda: hf_pearl.record_traces(launched.target, saved.draft, [[1, 2, 3]]), "from_pretrained"),
@@ -335,6 +339,63 @@ def test_a_rank_that_cannot_start_says_why(saved: Saved, monkeypatch: pytest.Mon
     monkeypatch.setenv("PYTHONHASHSEED", "nonsense")  # The interpreter itself refuses it.
     with pytest.raises(PearlWorkerError, match=r"(?s)target lane, start of its ranks.*rank 1: exit code 1"):
         hf_pearl.launch(saved.folders[0], target_tp=2)
+    assert set(psutil.Process().children()) == before
+
+
+def test_a_rank_that_fails_as_it_starts_says_why(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its traceback, and at once: an interpreter with torch takes longer to come down than anybody waits."""
+    monkeypatch.setattr(RankModel, "torch_dtype", torch.float64)  # Here only: the rank finds no such dtype.
+    monkeypatch.setattr("hf_pearl.launching.launch.RankModel", partial_rank_model)
+    with pytest.raises(PearlWorkerError, match=r"(?s)rank 1: exit code 1.*Traceback.*no_such_dtype"):
+        hf_pearl.launch(saved.folders[0], target_tp=2)
+
+
+def partial_rank_model(name: str, dtype: str, *arguments: Any) -> RankModel:
+    return RankModel(name, "no_such_dtype", *arguments)
+
+
+def test_changes_that_the_other_ranks_cannot_know_are_refused(saved: Saved, tmp_path: Path) -> None:
+    """Of a part's weights or dtype, and of the files from which a rank would be started anew."""
+    folder = tmp_path / "target"
+    shutil.copytree(saved.folders[0], folder)
+    with hf_pearl.launch(folder, target_tp=2, dtype=torch.float64) as pair:
+        generate(pair, saved.inputs)
+        with torch.no_grad():
+            next(pair.target.parameters()).mul_(1.5)
+        with pytest.raises(PearlWorkerError, match=r"one of several parts.*has changed since.*`launch` that"):
+            generate(pair, saved.inputs)
+    with hf_pearl.launch(folder, target_tp=2, dtype=torch.float64) as pair:
+        os.kill(ranks_of(pair).process_ids[0], signal.SIGKILL)
+        wait_for(lambda: ranks_of(pair)._children[0].has_ended, "the end of a rank", 5.0)
+        (folder / "config.json").touch()
+        with pytest.raises(PearlWorkerError, match=r"files of .* have changed since.*`launch` it again"):
+            generate(pair, saved.inputs)
+
+
+def test_no_rank_is_left_of_a_launch_that_fails(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even while somebody keeps the error, and with it all that the frames of it hold."""
+    before = set(psutil.Process().children())
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_pearl.launching.launch._load", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        hf_pearl.launch(*saved.folders, target_tp=2)
+    assert set(psutil.Process().children()) == before
+    del kept
+
+
+def test_a_closed_pair_starts_nothing(saved: Saved) -> None:
+    expected, before = saved.expected().sequences.tolist(), set(psutil.Process().children())
+    pair = saved.launch(1, 1)
+    pair.close()
+    tokenizer: Any = None
+    for act in (lambda: pair.pipeline(tokenizer), pair.__enter__, lambda: pair.generate(**saved.inputs)):
+        with pytest.raises(PearlWorkerError, match="closed: `launch` it again"):
+            act()
+    plain = pair.target.generate(**saved.inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+    assert plain.tolist() == expected
     assert set(psutil.Process().children()) == before
 
 

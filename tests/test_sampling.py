@@ -343,7 +343,8 @@ def assert_law(seed: int, index: int, num_samples: int, num_laws: int) -> None:
     def p_value(stage: int, num_samples: int) -> float:
         seeds = random.Random(f"{seed} {index} {stage}")
         counts, num_judged, num_stood = count_outcomes(case, target, draft, prompt, seeds, num_samples)
-        if case.config.draft_length in (2, 3):
+        # What an unrelated draft guesses beside forwards may be known to be wrong before it could be verified.
+        if case.config.draft_length in (2, 3) and case.kind != "unrelated":
             assert 0 < num_stood < num_judged or (case.kind == "same" and num_stood == num_judged > 0)
         return chi_square_p_value(counts, law)
 

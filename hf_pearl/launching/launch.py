@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..pair import load_model
 from ..parallel.cores import available_cores
-from ..parallel.ranks.models import load_first_part, stand_in
+from ..parallel.ranks.models import close_ranks, load_first_part, stand_in
 from ..parallel.ranks.shared_collectives import HAS_EVENTS
 from ..parallel.ranks.wire import RankModel
 from ..parallel.ranks.world import in_world
@@ -77,8 +77,7 @@ def launch(
         return WorldPair(target_model, draft_model, device)
     if max(target_tp, draft_tp) > 1:
         _check_ranks_here(device, num_ranks)
-    held_target = load_first_part(target_model) if target_tp > 1 else _load(target_model, device)
-    return LaunchedPair(held_target, None if draft_model is None else _hold_draft(draft_model, device))
+    return _hold(target_model, draft_model, device)
 
 
 def _threads_per_rank(num_ranks: int) -> int:
@@ -102,8 +101,15 @@ def _check_ranks_here(device: torch.device, num_ranks: int) -> None:
         )
 
 
-def _hold_draft(model: RankModel, device: torch.device) -> PreTrainedModel:
-    return stand_in(model) if model.size > 1 else _load(model, device)
+def _hold(target: RankModel, draft: RankModel | None, device: torch.device) -> LaunchedPair:
+    held_target, held_draft = load_first_part(target) if target.size > 1 else _load(target, device), None
+    try:
+        if draft is not None:
+            held_draft = stand_in(draft) if draft.size > 1 else _load(draft, device)
+        return LaunchedPair(held_target, held_draft)
+    except BaseException:
+        close_ranks(held_target)  # Whoever keeps the error keeps the target, too.
+        raise
 
 
 def _load(model: RankModel, device: torch.device) -> PreTrainedModel:

@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
-from ..enabling import enable_pair
+from ..enabling import disable, enable_pair
 from ..errors import PearlWorkerError
+from ..parallel.ranks.lane import leader_of
 from ..parallel.ranks.models import close_ranks
 from ..registry import release
 
@@ -48,17 +49,25 @@ class LaunchedPair:
 
     def pipeline(self, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Pipeline:
         """transformers' "text-generation" pipeline over the target, whose calls run with PEARL and the draft."""
+        self._check_open()
         return pipeline("text-generation", model=self.target, tokenizer=tokenizer, **options)
 
     def close(self) -> None:
-        """End all ranks and workers; harmless to repeat. Garbage collection does the same."""
-        self._is_closed = True
+        """End all ranks and workers; harmless to repeat. Garbage collection does the same.
+
+        A target in one piece is an ordinary model then, without PEARL.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            if leader_of(self.target) is None:
+                disable(self.target)
         for model in (self.target, self.draft):
             if model is not None:
                 release(model)
                 close_ranks(model)
 
     def __enter__(self) -> LaunchedPair:
+        self._check_open()
         return self
 
     def __exit__(

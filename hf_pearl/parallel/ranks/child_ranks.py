@@ -31,6 +31,16 @@ END_SECONDS = 0.7  # for a rank that was let go; then it is killed
 LOG_BYTES = 4000
 
 
+def _state_of_files(folder: str) -> list[tuple[str, int, int, int]]:
+    """What tells whether the files of a folder are still those that they were; empty where it is gone."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.stat()) for entry in entries]
+    except OSError:
+        return []
+    return sorted((name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in found)
+
+
 class _Child:
     """One rank's process, as its parent sees it."""
 
@@ -104,6 +114,7 @@ class ChildRanks:
         self._collectives: SharedCollectives | None = None
         self._is_closed = False
         self._num_sent = 0
+        self._files = _state_of_files(model.name)
         self._start()
 
     def _start(self) -> None:
@@ -165,9 +176,14 @@ class ChildRanks:
         ended = [child.why_it_ended() for child in self._children if child.has_ended]
         if self._children and self._collectives is not None and not ended:
             return False
+        self._stop()
+        if _state_of_files(self.model.name) != self._files:  # This rank holds what they were.
+            raise PearlWorkerError(
+                f"the ranks of the {self.lane} lane have ended ({'; '.join(ended) or 'given up'}), and the files of "
+                f"{self.model.name!r} have changed since they were loaded: `launch` it again."
+            )
         if ended:
             logger.warning(f"The ranks of the {self.lane} lane are started anew: {'; '.join(ended)}")
-        self._stop()
         self._start()
         self.wait_until_ready()
         return True
@@ -212,7 +228,7 @@ class ChildRanks:
 
     def failed(self, error: BaseException) -> PearlWorkerError:
         """Give them up; say what is known of the reason."""
-        if isinstance(error, RankError):
+        if isinstance(error, RankError) and not self._kept.has_come:
             self._wait_for_ends()
         reasons = [str(error), *(child.why_it_ended() for child in self._children)]
         self._stop()

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from ...cache import PagedPrefixCache
 from ...cache.backends import BACKENDS
 from ...decoding.messages import Window
+from ...errors import PearlWorkerError
+from ...fingerprint import Fingerprint, fingerprint
 from ..lane import ModelLane
 from .follower import compare
 from .leader import Leader
@@ -25,6 +27,7 @@ from .records import Admit, Begin, Fork, Keep, Release, Rollback
 
 _versions = itertools.count(1)
 _leaders: weakref.WeakKeyDictionary[torch.nn.Module, Leader] = weakref.WeakKeyDictionary()
+_loaded: weakref.WeakKeyDictionary[torch.nn.Module, Fingerprint] = weakref.WeakKeyDictionary()
 
 
 class LeadingCache(PagedPrefixCache):
@@ -125,9 +128,15 @@ class LeadingLane:
 Lane = ModelLane | LeadingLane
 
 
-def lead(model: PreTrainedModel, leader: Leader) -> None:
-    """Have every lane of `model`, a shard, lead the other ranks."""
+def lead(model: PreTrainedModel, leader: Leader, runs_alone: bool = False) -> None:
+    """Have every lane of `model`, a shard, lead the other ranks.
+
+    `runs_alone`: the others run no script of the user, and hear of no change that it makes to `model`.
+    """
     _leaders[model] = leader
+    loaded = fingerprint(model) if runs_alone else None
+    if loaded is not None and fingerprint(model) == loaded:  # Not so of weights that were loaded in inference mode.
+        _loaded[model] = loaded
 
 
 def leader_of(model: torch.nn.Module) -> Leader | None:
@@ -146,8 +155,20 @@ def turns(*models: torch.nn.Module | None) -> Iterator[None]:
 
 
 def assemble_ranks(model: torch.nn.Module) -> None:
-    """Have a model's other ranks there, started anew where they must be; takes as long as they take to start."""
-    leader = leader_of(model)
+    """Have a model's other ranks there, started anew where they must be; takes as long as they take to start.
+
+    Raises
+    ------
+    PearlWorkerError
+        They cannot be started, or would compute with other weights than this rank.
+    """
+    leader, loaded = leader_of(model), _loaded.get(model)
+    if loaded is not None and fingerprint(model, loaded) != loaded:
+        raise PearlWorkerError(
+            f"`{type(model).__name__}` is one of several parts of a launched model, and has changed since (weights, "
+            "dtype, hooks, or autocast), of which the other ranks know nothing. Change the whole model, "
+            "`save_pretrained` it, and `launch` that."
+        )
     if leader is not None:
         leader.assemble()
 

@@ -37,7 +37,7 @@ def load_first_part(model: RankModel) -> PreTrainedModel:
     except BaseException:
         ranks.close()
         raise
-    lead(part, leader)
+    lead(part, leader, runs_alone=True)
     weakref.finalize(part, ranks.close)
     return part
 

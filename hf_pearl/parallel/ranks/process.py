@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 
 import torch
 
@@ -51,5 +52,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    os._exit(0)  # Nothing is left to be written, and taking an interpreter with torch down takes its time.
+    # Taking an interpreter with torch down takes its time: longer than the first rank waits for the reason.
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)

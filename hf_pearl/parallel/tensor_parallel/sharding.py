@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -132,7 +133,15 @@ def make_part(
     for name, layout in plan.layouts.items():
         _tell_heads(model.get_submodule(name), layout)
     setattr(model, _PART, Part(rank, size, max(layout.per_rank for layout in plan.layouts.values())))
+    model.save_pretrained = partial(_refuse_to_save, size)
     return model
+
+
+def _refuse_to_save(size: int, *args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        f"this model is one of {size} parts, and its configuration is that of the whole: `from_pretrained` could not "
+        "load what would be saved. Load the whole model with `from_pretrained`, and save that."
+    )
 
 
 def _tell_heads(attention: nn.Module, layout: HeadLayout) -> None:
