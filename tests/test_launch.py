@@ -30,7 +30,7 @@ from models import (
     tiny_model,
     tiny_tokenizer,
 )
-from test_processes import is_gone, wait_for
+from test_processes import check_in_child, is_gone, wait_for
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, pipeline
 
 import hf_pearl
@@ -619,6 +619,25 @@ def test_ranks_end_with_their_model(saved: Saved) -> None:
     del target
     gc.collect()
     assert all(map(is_gone, process_ids))
+
+
+def test_ranks_start_where_the_standard_streams_are_closed(saved: Saved, tmp_path: Path) -> None:
+    """What is opened then has the numbers that a rank's own streams were written over."""
+
+    def check() -> None:
+        os.closerange(0, 3)
+        ranks = ChildRanks(RankModel(str(saved.folders[1]), "float64", "draft", 2, 1))
+        ranks.wait_until_ready()
+        ranks.close()
+
+    check_in_child(check, tmp_path)
+
+
+def test_ranks_are_refused_in_a_frozen_app(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its executable is the app, which would be run again, once for every rank."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(NotImplementedError, match=r"frozen app.*target_tp.*at 1"):
+        saved.launch(1, 2)
 
 
 SCRIPT = """

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,10 +46,12 @@ from hf_pearl.decoding.drafting import MAX_WIDTH
 from hf_pearl.decoding.messages import Admission, Grant, Removal, TokenTree, Verdict
 from hf_pearl.parallel.cores import available_cores
 from hf_pearl.parallel.workers import records, shared_memory
+from hf_pearl.parallel.workers.child_process import start_module
+from hf_pearl.parallel.workers.descriptors import anonymous_memory
 from hf_pearl.parallel.workers.draft_workers import DraftWorker
 from hf_pearl.parallel.workers.processor_specs import decode_processors, encode_processors
 from hf_pearl.parallel.workers.records import MalformedRecordError
-from hf_pearl.parallel.workers.shared_memory import Channel, RingReader, RingWriter, SequencedRecord, anonymous_memory
+from hf_pearl.parallel.workers.shared_memory import Channel, RingReader, RingWriter, SequencedRecord
 from hf_pearl.parallel.workers.shipping import build, can_ship, copy_weights, pack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,6 +306,15 @@ def test_what_a_process_cannot_load_is_refused_by_name(change: Callable[[Any], N
     with pytest.raises(ValueError, match=r'execution="processes".*threads') as raised:
         DraftWorker(model, 8)
     assert reason in str(raised.value)
+
+
+def test_no_process_is_started_from_a_frozen_app(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its executable is the app, which would be run again, once for every call."""
+    model = tiny_model("llama", 3)
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert "frozen app" in str(can_ship(model))
+    with pytest.raises(ValueError, match="frozen app"):
+        DraftWorker(model, 8)
 
 
 @pytest.mark.skipif(len(available_cores()) == 1, reason="on one core the lanes take turns")
@@ -568,6 +580,50 @@ def test_a_forked_copy_of_the_process_leaves_the_worker_alone(target: PreTrained
         os._exit(int(is_alive))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert worker.is_alive
+
+
+def check_in_child(check: Callable[[], None], folder: Path) -> None:
+    """Have a forked child check something; one that hangs is killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(60)
+            torch.set_num_threads(1)  # OpenMP's other threads are not here.
+            check()
+            os._exit(0)
+        except BaseException:
+            (folder / "error").write_text(traceback.format_exc())
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == 0, (folder / "error").read_text() if code == 1 else f"signal {-code}"
+
+
+def test_a_worker_starts_where_the_standard_streams_are_closed(draft: PreTrainedModel, tmp_path: Path) -> None:
+    """What is opened then has the numbers that the child's own streams were written over."""
+
+    def check() -> None:
+        os.closerange(0, 3)
+        worker = DraftWorker(draft, 8)
+        is_ready = worker.wait_until_ready(START_SECONDS)
+        assert is_ready, worker.why_it_ended()
+        worker.close()
+
+    check_in_child(check, tmp_path)
+
+
+def test_a_module_starts_where_the_working_directory_was_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "deleted"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    log = anonymous_memory("test", 0)
+    assert start_module("platform", [], [], log, 1).wait(GONE_SECONDS) == 0
+    os.close(log)
 
 
 PARENT = '''

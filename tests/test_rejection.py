@@ -41,9 +41,10 @@ from hf_pearl.decoding import proposal, rejection, rejection_schedule, schedule
 from hf_pearl.decoding.lines import Line
 from hf_pearl.decoding.noise import NoiseSource
 from hf_pearl.decoding.rejection import RejectionSampler, correct, stands
+from hf_pearl.parallel.workers.descriptors import anonymous_memory
 from hf_pearl.parallel.workers.records import MalformedRecordError
 from hf_pearl.parallel.workers.shared_distributions import SharedDistributions
-from hf_pearl.parallel.workers.shared_memory import NUM_SLOTS, anonymous_memory
+from hf_pearl.parallel.workers.shared_memory import NUM_SLOTS
 from hf_pearl.registry import engine_for
 
 REJECTION = PearlConfig(verification="rejection", draft_length=3, execution="inline", prefix_cache=False)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 import hf_pearl
 from hf_pearl import PearlConfig
 from hf_pearl.decoding.messages import MAX_TREE_TOKENS, Admission, TokenTree, Verdict
-from hf_pearl.parallel.workers import records, shared_memory
+from hf_pearl.parallel.workers import descriptors, records, shared_memory
 from hf_pearl.parallel.workers.draft_workers import DraftWorker
 from hf_pearl.parallel.workers.processor_specs import decode_processors
 from hf_pearl.parallel.workers.records import MalformedRecordError
@@ -310,7 +310,7 @@ def check_junk(number: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every piece is refused by name, or means something that could have been sent."""
     monkeypatch.setattr(shared_memory, "_FRAME_PATIENCE", 0.0)
     chance, refused = random.Random(seed), 0
-    descriptor = shared_memory.anonymous_memory("test", 0)
+    descriptor = descriptors.anonymous_memory("test", 0)
     kinds = [junk_message, junk_frame, junk_tree, junk_status, junk_processors]
     for index in range(number):
         try:

@@ -14,6 +14,7 @@ from ..parallel.ranks.models import close_ranks, load_first_part, stand_in
 from ..parallel.ranks.shared_collectives import HAS_EVENTS
 from ..parallel.ranks.wire import RankModel
 from ..parallel.ranks.world import in_world
+from ..parallel.workers.child_process import why_no_child
 from .checks import check_model, check_size, check_sources, checked_device, checked_dtype, checked_folder
 from .launched_pair import LaunchedPair
 from .world_pair import WorldPair
@@ -59,8 +60,8 @@ def launch(
     FileNotFoundError
         There are no weights in safetensors.
     NotImplementedError
-        Several ranks on another system than Linux, or on GPUs without `torchrun`; or several of a target or a draft
-        that cannot be cut (`PearlUnsupportedModelError`).
+        Several ranks on another system than Linux, in a frozen app, or on GPUs without `torchrun`; or several of a
+        target or a draft that cannot be cut (`PearlUnsupportedModelError`).
     PearlWorkerError
         A rank could not be started.
     """
@@ -94,6 +95,12 @@ def _rank_model(name: str | Path, dtype: torch.dtype, lane: str, size: int, num_
 def _check_ranks_here(device: torch.device, num_ranks: int) -> None:
     if not HAS_EVENTS:
         raise NotImplementedError("several ranks need Linux (memfd, eventfd). Leave `target_tp` and `draft_tp` at 1.")
+    reason = why_no_child()
+    if reason is not None:
+        raise NotImplementedError(
+            f"several ranks need new processes, and {reason}. Leave `target_tp` and `draft_tp` at 1, or run this as a "
+            "script of an installed Python."
+        )
     if device.type != "cpu":
         raise NotImplementedError(
             f"the ranks that `launch` starts compute on CPUs, and `device` is {device}. Start the script by `torchrun "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from ...errors import PearlWorkerError
 from ...interrupts import KeptInterrupts
 from ..heartbeat import Signs
 from ..workers.child_process import Parent, start_module
-from ..workers.shared_memory import anonymous_memory
+from ..workers.descriptors import anonymous_memory, socket_pair
 from .collectives import RankError
 from .records import Operation, encode_operations
 from .shared_collectives import POLL_SECONDS, SharedCollectives, Table
@@ -46,7 +45,7 @@ class _Child:
 
     def __init__(self, model: RankModel, rank: int, table: Table) -> None:
         self.rank, self.is_ready, self.signs = rank, False, Signs()
-        self.line, other_end = socket.socketpair()
+        self.line, other_end = socket_pair()
         self._log = anonymous_memory("hf_pearl_log", 0)
         seat = table.seat(rank)
         passed = [other_end.fileno(), *seat.descriptors]

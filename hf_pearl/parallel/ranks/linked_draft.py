@@ -14,8 +14,9 @@ from contextlib import suppress
 import torch.distributed as dist
 
 from ...interrupts import KeptInterrupts
+from ..workers.descriptors import anonymous_memory, event
 from ..workers.records import MalformedRecordError, Message, Quit, Status, decode_status, encode_message, encode_status
-from ..workers.shared_memory import Channel, anonymous_memory
+from ..workers.shared_memory import Channel
 from . import world
 from .draft_frames import unpack
 from .world import receive_words, send_words
@@ -51,7 +52,7 @@ class LinkedDraft:
         self.channel = Channel(memory)
         os.close(memory)
         self.channel.status.write(encode_status(Status(0, True, 0, 0, 0, 0, 0.0)))
-        self._news = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._news = event()
         self._free = weakref.finalize(self, _free, self.channel, self._news)
         self._free.atexit = False  # The system does it then, and a thread may still listen.
         self._waiting: list[Message] = []

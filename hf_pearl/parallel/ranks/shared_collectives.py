@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from .. import heartbeat
-from ..workers.shared_memory import anonymous_memory
+from ..workers.descriptors import anonymous_memory, event
 from .collectives import RankError
 
 POLL_SECONDS = 0.1
@@ -47,8 +47,7 @@ class Table:
         self._semaphores: dict[tuple[int, int], int] = {}  # (from, to)
         try:
             for pair in ((source, to) for source in range(size) for to in range(size) if source != to):
-                flags = os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC
-                self._semaphores[pair] = os.eventfd(0, flags)
+                self._semaphores[pair] = event(os.EFD_SEMAPHORE)
                 self._descriptors.append(self._semaphores[pair])
         except BaseException:
             self.close()

@@ -46,6 +46,15 @@ class Parent(NamedTuple):
         )
 
 
+def why_no_child() -> str | None:
+    """Why `start_module` would not start a module here; None if it would."""
+    if not sys.executable:
+        return "the path of the Python interpreter is unknown (embedded Python?)"
+    if getattr(sys, "frozen", False):
+        return "this program is a frozen app (PyInstaller?): a new process would run the app again, not Python"
+    return None
+
+
 def start_module(
     name: str, arguments: Sequence[object], descriptors: Sequence[int], log: int, num_threads: int
 ) -> subprocess.Popen[bytes]:
@@ -63,7 +72,7 @@ def start_module(
         Threads of its arithmetic.
     """
     # It finds modules in the order in which this process does, and nothing because of where it was started.
-    paths = [os.path.abspath(path) for path in sys.path if isinstance(path, str) and os.pathsep not in path]
+    paths = [path for path in map(_absolute, sys.path) if path and os.pathsep not in path]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1")
     environment.update(OMP_NUM_THREADS=str(num_threads), TOKENIZERS_PARALLELISM="false")
     return subprocess.Popen(
@@ -76,3 +85,11 @@ def start_module(
         env=environment,
         cwd="/",
     )
+
+
+def _absolute(path: object) -> str | None:
+    """An entry of `sys.path` from the root on; None of what is no path, or leads from a folder that was deleted."""
+    try:
+        return os.path.abspath(path) if isinstance(path, str) else None
+    except OSError:
+        return None

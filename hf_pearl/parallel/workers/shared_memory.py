@@ -17,7 +17,6 @@ reader may look at any moment, on any processor: a checksum over contents and se
 from __future__ import annotations
 
 import mmap
-import os
 import time
 import zlib
 from array import array
@@ -253,10 +252,3 @@ class Channel:
         for view in (self.timeline, self.control, self.ring, self._tree_words, self._words):
             view.release()
         self._map.close()
-
-
-def anonymous_memory(name: str, num_bytes: int) -> int:
-    """A descriptor of anonymous memory that ends with the last process that holds it."""
-    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, num_bytes)
-    return descriptor

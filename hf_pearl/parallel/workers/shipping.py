@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..ranks.models import load_first_part, rank_model_of
 from ..ranks.wire import RankModel
+from .child_process import why_no_child
 
 _ALIGNMENT = 64
 # Every model has an eager implementation; the worker's lane switches to paged attention by itself.
@@ -73,10 +74,9 @@ def can_ship(model: PreTrainedModel) -> str | None:
     """Why a worker process could not load `model` or would not compute the same; None if it can."""
     if not (sys.platform.startswith("linux") and hasattr(os, "memfd_create") and hasattr(os, "eventfd")):
         return "worker processes need Linux (memfd, eventfd)"
-    if not sys.executable:
-        return "the path of the Python interpreter is unknown (embedded Python?)"
-    if rank_model_of(model) is not None:
-        return None
+    reason = why_no_child()
+    if reason is not None or rank_model_of(model) is not None:
+        return reason
     for kind in (type(model), type(model.config)):
         if not _can_import(kind):
             return f"its class {kind.__module__}.{kind.__qualname__} cannot be imported in another process"

@@ -16,8 +16,9 @@ import torch
 
 from .. import heartbeat
 from .child_process import Parent, start_module
+from .descriptors import anonymous_memory, event, socket_pair
 from .records import MalformedRecordError, Message, Quit, Status, decode_status, encode_message
-from .shared_memory import Channel, RingWriter, anonymous_memory
+from .shared_memory import Channel, RingWriter
 from .shipping import Shipment, copy_weights
 
 QUIT_SECONDS = 0.7  # for each of: asked, terminated, killed
@@ -71,7 +72,7 @@ class WorkerProcess:
         self._descriptors["distributions"] = anonymous_memory("hf_pearl_distributions", 0)
         self._descriptors["log"] = anonymous_memory("hf_pearl_log", 0)
         for name in ("to_worker", "to_engine"):
-            self._descriptors[name] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._descriptors[name] = event()
         with open(self._descriptors["shipment"], "wb", closefd=False) as file:
             pickle.dump(shipment, file)
         os.lseek(self._descriptors["shipment"], 0, os.SEEK_SET)
@@ -79,7 +80,7 @@ class WorkerProcess:
         self._writer = RingWriter(self.channel.control, self.channel.ring)
 
     def _start(self, num_threads: int, cores: Sequence[int]) -> subprocess.Popen[bytes]:
-        self._lifeline, other_end = socket.socketpair()
+        self._lifeline, other_end = socket_pair()
         names = ("shipment", "weights", "channel", "distributions", "to_worker", "to_engine")
         passed = [*(self._descriptors[name] for name in names), other_end.fileno()]
         arguments = [*Parent.here(), num_threads, *passed, ",".join(map(str, cores))]
