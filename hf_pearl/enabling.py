@@ -12,10 +12,19 @@ from typing import Any
 from transformers import GenerationMixin
 
 from .config import PearlConfig
+from .forks import in_forked_children
 from .generation import pearl_generate
 from .models import generative_model
 
 _lock = threading.Lock()
+
+
+def _in_forked_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+in_forked_children(_in_forked_child)
 
 
 def enable(model: Any = None) -> None:

@@ -33,6 +33,7 @@ from .decoding.request import Request
 from .decoding.rules import Rules
 from .decoding.stats import PearlStats
 from .engine import Prompt
+from .forks import in_forked_children
 from .model_devices import input_device
 from .models import unwrap
 from .outputs import PearlGenerateOutput
@@ -152,14 +153,29 @@ def _without_stop_strings(model: Any, arguments: dict[str, Any]) -> Iterator[Non
         yield
         return
     with _hiding:
+        _hidden.append((model.generation_config, default))
         model.generation_config.stop_strings = None
         try:
             yield
         finally:
             model.generation_config.stop_strings = default
+            del _hidden[-1:]
 
 
 _hiding = threading.RLock()
+_hidden: list[tuple[GenerationConfig, Any]] = []
+
+
+def _in_forked_child() -> None:
+    """Put back what another thread, which is not here, has hidden."""
+    global _hiding
+    _hiding = threading.RLock()
+    while _hidden:
+        config, default = _hidden.pop()
+        config.stop_strings = default
+
+
+in_forked_children(_in_forked_child)
 
 
 def _rules(

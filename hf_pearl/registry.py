@@ -12,33 +12,64 @@ from transformers.utils import logging
 
 from .config import PearlConfig
 from .engine import PearlEngine
+from .forks import in_forked_children
 from .models import generative_model
 from .parallel.placement import move, put_back, wanted_moves
 
 logger = logging.get_logger(__name__)
 
-_lock = threading.Lock()
-# target -> draft -> engine; plain decoding stands under the target itself.
-_engines: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakKeyDictionary[torch.nn.Module, PearlEngine]] = (
-    weakref.WeakKeyDictionary()
-)
-_plain: weakref.WeakKeyDictionary[torch.nn.Module, PearlEngine] = weakref.WeakKeyDictionary()
+
+class _Engines:
+    """The engines of one process: target -> draft -> engine; plain decoding stands under the target itself."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.drafted: weakref.WeakKeyDictionary[
+            torch.nn.Module, weakref.WeakKeyDictionary[torch.nn.Module, PearlEngine]
+        ] = weakref.WeakKeyDictionary()
+        self.plain: weakref.WeakKeyDictionary[torch.nn.Module, PearlEngine] = weakref.WeakKeyDictionary()
+
+    def forget(self, model: torch.nn.Module) -> None:
+        """Drop every engine in which `model` is target or draft."""
+        self.plain.pop(model, None)
+        self.drafted.pop(model, None)
+        for by_draft in self.drafted.values():
+            by_draft.pop(model, None)
+
+
+_here = _Engines()
+_inherited: list[_Engines] = []
+
+
+def _in_forked_child() -> None:
+    """Begin without engines: a call of another thread, which is not here, may have held them and been half through.
+
+    Those of the parent stay until their models are used or released here: what lies on a GPU cannot be freed now.
+    """
+    global _here
+    _inherited.append(_here)
+    _here = _Engines()
+
+
+in_forked_children(_in_forked_child)
 
 
 def engine_for(target: PreTrainedModel, draft: PreTrainedModel | None) -> PearlEngine:
     """The engine of a pair, made on first use."""
-    with _lock:
+    with _here.lock:
+        for parents in _inherited:
+            parents.forget(target)
         if draft is None:
-            return _plain.setdefault(target, PearlEngine())
-        return _engines.setdefault(target, weakref.WeakKeyDictionary()).setdefault(draft, PearlEngine())
+            return _here.plain.setdefault(target, PearlEngine())
+        return _here.drafted.setdefault(target, weakref.WeakKeyDictionary()).setdefault(draft, PearlEngine())
 
 
 def engines_of(model: PreTrainedModel) -> list[PearlEngine]:
     """Every engine in which `model` is target or draft; raises `TypeError` for what is no model."""
     model = generative_model(model)
-    with _lock:
-        found = [_plain[model]] if model in _plain else []
-        for target, by_draft in _engines.items():
+    with _here.lock:
+        found = [_here.plain[model]] if model in _here.plain else []
+        for target, by_draft in _here.drafted.items():
             found += [engine for draft, engine in by_draft.items() if model in (target, draft)]
         return found
 
@@ -68,12 +99,11 @@ def release(model: PreTrainedModel) -> None:
     for engine in engines_of(model):
         engine.close()
     model = generative_model(model)
-    with _lock:
-        partners = [*_engines.get(model, ()), *(target for target, drafts in _engines.items() if model in drafts)]
-        _plain.pop(model, None)
-        _engines.pop(model, None)
-        for by_draft in _engines.values():
-            by_draft.pop(model, None)
+    with _here.lock:
+        drafted = _here.drafted
+        partners = [*drafted.get(model, ()), *(target for target, drafts in drafted.items() if model in drafts)]
+        for engines in (_here, *_inherited):
+            engines.forget(model)
     for each in (model, *partners):
         if not engines_of(each):
             put_back(each)

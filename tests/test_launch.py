@@ -30,8 +30,8 @@ from models import (
     tiny_model,
     tiny_tokenizer,
 )
-from test_processes import check_in_child, is_gone, wait_for
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, pipeline
+from test_processes import call_of_another_thread, check_in_child, is_gone, wait_for
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, pipeline
 
 import hf_pearl
 from hf_pearl import LaunchedPair, PearlConfig, PearlUnsupportedModelError, PearlWorkerError
@@ -619,6 +619,22 @@ def test_ranks_end_with_their_model(saved: Saved) -> None:
     del target
     gc.collect()
     assert all(map(is_gone, process_ids))
+
+
+def test_a_forked_child_is_refused_the_ranks_of_its_parent_also_during_a_call(
+    launched: LaunchedPair, saved: Saved, tmp_path: Path
+) -> None:
+    def check() -> None:
+        with pytest.raises(PearlWorkerError, match="belong to another process"):
+            generate(launched, saved.inputs)
+
+    def call(criterion: Any) -> None:
+        generate(launched, saved.inputs, stopping_criteria=StoppingCriteriaList([criterion]))
+
+    before = generate(launched, saved.inputs).sequences.tolist()
+    with call_of_another_thread(call):
+        check_in_child(check, tmp_path)
+    assert generate(launched, saved.inputs).sequences.tolist() == before
 
 
 def test_ranks_start_where_the_standard_streams_are_closed(saved: Saved, tmp_path: Path) -> None:

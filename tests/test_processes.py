@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from array import array
@@ -34,13 +35,14 @@ from models import (
     noisy_copy,
     random_prompts,
     tiny_model,
+    tiny_tokenizer,
 )
 from nbclient import NotebookClient
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import logits_process
 
 import hf_pearl
-from hf_pearl import PearlConfig
+from hf_pearl import PearlConfig, enabling
 from hf_pearl.cache.backends import BACKENDS
 from hf_pearl.decoding.drafting import MAX_WIDTH
 from hf_pearl.decoding.messages import Admission, Grant, Removal, TokenTree, Verdict
@@ -598,6 +600,69 @@ def check_in_child(check: Callable[[], None], folder: Path) -> None:
             os._exit(1)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code == 0, (folder / "error").read_text() if code == 1 else f"signal {-code}"
+
+
+@contextlib.contextmanager
+def call_of_another_thread(begin: Callable[[StoppingCriteria], Any]) -> Iterator[None]:
+    """A scope in which another thread is in a call."""
+    is_inside, goes_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        is_inside.set()
+        assert goes_on.wait(120)
+
+    thread = threading.Thread(target=begin, args=(AtLength(0, hold),))
+    thread.start()
+    try:
+        assert is_inside.wait(60)
+        yield
+    finally:
+        goes_on.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("parents", "childs"),
+    [("inline", "inline"), ("processes", "inline"), pytest.param("processes", "processes", marks=pytest.mark.slow)],
+)
+def test_a_child_that_is_forked_during_a_call_of_another_thread_decodes(
+    parents: Any,
+    childs: Any,
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    prompt: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of that thread it has no more than what it held: locks, and switches that it would have put back."""
+    worker, tokenizer = worker_of(target, draft), tiny_tokenizer(0)
+    monkeypatch.setattr(target.generation_config, "stop_strings", ["fedcbafedcba"])
+    attention = target.config._attn_implementation
+
+    def tokens(execution: Any, *criteria: StoppingCriteria) -> list[list[int]]:
+        config = PearlConfig(execution=execution, draft_length=4)
+        options = {"tokenizer": tokenizer, "stopping_criteria": StoppingCriteriaList(criteria)}
+        return decode(target, draft, prompt, config, **options).sequences.tolist()
+
+    expected = tokens("inline")
+
+    def check() -> None:
+        assert target.config._attn_implementation == attention
+        assert target.generation_config.stop_strings == ["fedcbafedcba"]
+        hf_pearl.clear_cache(target)
+        for _ in range(2):
+            assert tokens(childs) == expected
+        hf_pearl.release(target)
+
+    with call_of_another_thread(lambda criterion: tokens(parents, criterion)):
+        check_in_child(check, tmp_path)
+    assert tokens(parents) == expected
+    assert worker.is_alive and worker_of(target, draft) is worker, "the child has ended its parent's worker"
+
+
+def test_a_child_that_is_forked_while_models_are_enabled_can_enable_them(tmp_path: Path) -> None:
+    with enabling._lock:
+        check_in_child(hf_pearl.enable, tmp_path)
 
 
 def test_a_worker_starts_where_the_standard_streams_are_closed(draft: PreTrainedModel, tmp_path: Path) -> None:

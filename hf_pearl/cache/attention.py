@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ from ..compat import (
     eager_attention,
     set_attention_implementation,
 )
+from ..forks import in_forked_children
 from .step import Attention, Step
 
 ATTENTION_NAME = "hf_pearl_paged"
@@ -30,9 +31,15 @@ class _Current(threading.local):
     step: Step | None = None
 
 
+class _Switched(NamedTuple):
+    config: Any
+    original: str  # the implementation it had
+    users: list[int]  # their threads
+
+
 _current = _Current()
 _switch_lock = threading.Lock()
-_switched: dict[int, tuple[int, str]] = {}  # id(config) -> (users, the implementation it had)
+_switched: dict[int, _Switched] = {}  # by the config's `id`
 
 
 @contextmanager
@@ -58,25 +65,39 @@ def paged_attention(model: PreTrainedModel) -> Iterator[None]:
     Other threads that call the model meanwhile are served by the attention it had: the paged functions act only
     where `paged_step` is set.
     """
-    configs = attention_configs(model)
+    configs, here = attention_configs(model), threading.get_ident()
     switched = []
     try:
         with _switch_lock:
             for config in configs:
-                users, original = _switched.get(id(config), (0, config._attn_implementation))
-                switched.append(config)
-                _switched[id(config)] = (users + 1, original)
+                found = _switched.setdefault(id(config), _Switched(config, config._attn_implementation, []))
+                switched.append(found)
+                found.users.append(here)
                 set_attention_implementation(config, ATTENTION_NAME)
         yield
     finally:
         with _switch_lock:
-            for config in switched:
-                users, original = _switched[id(config)]
-                if users > 1:
-                    _switched[id(config)] = (users - 1, original)
-                else:
-                    set_attention_implementation(config, original)
-                    del _switched[id(config)]
+            for found in switched:
+                found.users.remove(here)
+                _switch_back_if_unused(found)
+
+
+def _switch_back_if_unused(switched: _Switched) -> None:
+    if not switched.users:
+        set_attention_implementation(switched.config, switched.original)
+        del _switched[id(switched.config)]
+
+
+def _in_forked_child() -> None:
+    """Let go of what other threads, which are not here, have switched."""
+    global _switch_lock
+    _switch_lock, here = threading.Lock(), threading.get_ident()
+    for each in list(_switched.values()):
+        each.users[:] = [user for user in each.users if user == here]
+        _switch_back_if_unused(each)
+
+
+in_forked_children(_in_forked_child)
 
 
 def _paged_attention_forward(
@@ -102,7 +123,8 @@ def _paged_attention_forward(
 
 
 def _original_implementation(config: Any) -> str:
-    return _switched.get(id(config), (0, "sdpa"))[1]
+    found = _switched.get(id(config))
+    return "sdpa" if found is None else found.original
 
 
 def _original_attention(module: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:

@@ -20,6 +20,7 @@ from ...cache.backends import BACKENDS
 from ...decoding.messages import Window
 from ...errors import PearlWorkerError
 from ...fingerprint import Fingerprint, fingerprint
+from ...forks import in_forked_children
 from ..lane import ModelLane
 from .follower import compare
 from .leader import Leader
@@ -28,6 +29,14 @@ from .records import Admit, Begin, Fork, Keep, Release, Rollback
 _versions = itertools.count(1)
 _leaders: weakref.WeakKeyDictionary[torch.nn.Module, Leader] = weakref.WeakKeyDictionary()
 _loaded: weakref.WeakKeyDictionary[torch.nn.Module, Fingerprint] = weakref.WeakKeyDictionary()
+
+
+def _in_forked_child() -> None:
+    for leader in _leaders.values():
+        leader.begin_anew()
+
+
+in_forked_children(_in_forked_child)
 
 
 class LeadingCache(PagedPrefixCache):

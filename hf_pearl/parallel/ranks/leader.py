@@ -61,10 +61,14 @@ class Leader:
         self.compares = False
         self.held_version: int | None = None
         self.num_forwards = 0
-        self._lock = threading.RLock()
-        self._is_taken = False
         self._notes: list[Operation] = []
         self._is_inside = self._has_failed = False
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Have no call running: in a forked child there is none of another thread's."""
+        self._lock = threading.RLock()
+        self._is_taken = False
 
     @property
     def size(self) -> int:
