@@ -291,6 +291,13 @@ def test_bad_arguments_are_refused_by_name_before_anything_starts(
         hf_pearl.launch(**given)
 
 
+@pytest.mark.parametrize(("draft_tp", "target_tp"), [(1, 1), (2, 1), (1, 2)])
+def test_another_default_device_changes_nothing(draft_tp: int, target_tp: int, saved: Saved) -> None:
+    expected = saved.expected()
+    with torch.device("meta"), saved.launch(draft_tp, target_tp) as pair:
+        assert generate(pair, saved.inputs).sequences.tolist() == expected.sequences.tolist()
+
+
 @pytest.mark.parametrize("part", ["target", "draft"])
 def test_more_ranks_than_open_files_allow_are_refused_before_anything_starts(
     part: str, saved: Saved, monkeypatch: pytest.MonkeyPatch
