@@ -41,7 +41,7 @@ def launch(
     target, draft : str or Path
         Folders, or names on the Hub, with weights in safetensors. No draft: plain decoding.
     target_tp, draft_tp : int
-        Ranks of each.
+        Ranks of each; 64 at most where nobody else starts them.
     dtype : torch.dtype, optional
         Of both models' weights; by default float32 on a CPU and bfloat16 elsewhere.
     device : torch.device or str, optional

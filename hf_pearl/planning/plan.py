@@ -142,8 +142,8 @@ def plan(
     target, draft : PreTrainedModel, str or Path
         Models, folders, or names on the Hub, of which only the configuration and the sizes of the files are fetched.
     devices : str, sequence of Device or None
-        A machine to plan for, such as "8x80GiB", "2x24GiB@1TB/s" or "cpu 64GiB"; None: this one. Models that are
-        loaded are then where `PearlConfig()` leaves or moves them.
+        A machine to plan for, such as "8x80GiB", "2x24GiB@1TB/s" or "cpu 64GiB", 128 devices at most; None: this one.
+        Models that are loaded are then where `PearlConfig()` leaves or moves them.
     dtype : torch.dtype or None
         That models given by name are loaded in; None: each in its own.
     num_tokens : int
