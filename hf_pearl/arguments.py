@@ -220,9 +220,9 @@ def _check_inputs(model: PreTrainedModel, values: dict[str, Any]) -> None:
     if ids is not None:
         _check_ids(name, ids, model)
     elif isinstance(mask, torch.Tensor):  # the prompt is then the BOS token, once per row of the mask
-        ids = torch.zeros((max(mask.shape[:1], default=1), 1), dtype=torch.long)
+        ids = torch.zeros((max(mask.shape[:1], default=1), 1), dtype=torch.long, device="cpu")
     else:
-        ids = torch.zeros((1, 1), dtype=torch.long)
+        ids = torch.zeros((1, 1), dtype=torch.long, device="cpu")
     origin = ""
     if mask is None:
         mask = _inferred_mask(ids, values) if name in values else torch.ones_like(ids)
@@ -257,7 +257,9 @@ def _vocabulary_size(model: PreTrainedModel) -> int:
 
 def _inferred_mask(ids: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
     """Return the mask that transformers makes where none is given: without pads, unless the pad also ends a text."""
-    pads, ends = (torch.as_tensor(values.get(name, ())).flatten() for name in ("pad_token_id", "eos_token_id"))
+    pads, ends = (
+        torch.as_tensor(values.get(name, ()), device="cpu").flatten() for name in ("pad_token_id", "eos_token_id")
+    )
     if set(pads.tolist()) & set(ends.tolist()):
         return torch.ones_like(ids)
     return torch.isin(ids, pads.to(ids.device, torch.long), invert=True)

@@ -76,4 +76,6 @@ def load_model(name: str | Path, device: torch.device, dtype: torch.dtype | str 
     """A causal language model by name or folder; by default in float32 on a CPU and in bfloat16 elsewhere."""
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+    with torch.device("cpu"):  # `from_pretrained` would take a default device for `device_map`, and fails on "meta".
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval()

@@ -1,4 +1,4 @@
-"""What `tune` and `record_traces` refuse before any work, and prompts as token ids."""
+"""What `tune`, `record_traces` and `plan` refuse before any work, and prompts as token ids."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ _CURE = "Pass token ids, such as `[tokenizer(text).input_ids for text in texts]`
 
 
 def checked_models(target: Any, draft: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Both models without wrappers; raises `TypeError`, `ValueError` or `NotImplementedError` where PEARL cannot run.
-
-    A model does not know its tokenizer: vocabularies are told apart by their sizes alone.
-    """
+    """Both models without wrappers; raises `TypeError`, `ValueError`, `NotImplementedError` where PEARL cannot run."""
     models = {"target": unwrap(target), "draft": unwrap(draft)}
     for name, model in models.items():
         if not isinstance(model, PreTrainedModel) or not model.can_generate():
@@ -32,13 +29,18 @@ def checked_models(target: Any, draft: Any) -> tuple[PreTrainedModel, PreTrained
     check_arguments(target, target.generation_config, {"assistant_model": draft})
     for model in models.values():
         check_supported(model)
-    sizes = [model.config.get_text_config().vocab_size for model in models.values()]
+    check_vocabularies(target, draft)
+    return target, draft
+
+
+def check_vocabularies(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """Raise `ValueError` for models that cannot have one tokenizer; they do not know theirs, so only sizes tell."""
+    sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
     if abs(sizes[0] - sizes[1]) > MAX_PADDING:
         raise ValueError(
             f"`draft` must have the vocabulary of `target`, which has {sizes[0]} tokens; got one of {sizes[1]}. Sizes "
             f"may differ by padding (up to {MAX_PADDING}). Take a draft that was made with the target's tokenizer."
         )
-    return target, draft
 
 
 def checked_prompts(

@@ -14,6 +14,13 @@ PACKAGE = ROOT / "hf_pearl"
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 POSTPONED_WORK = re.compile(r"\b(TO" + r"DO|FIX" + r"ME)\b", re.IGNORECASE)
+FACTORIES = {
+    f"torch.{name}"
+    for name in (
+        "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "ones", "rand",
+        "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros",
+    )
+}  # fmt: skip
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = Function | ast.ClassDef
@@ -98,6 +105,24 @@ def test_everything_public_has_a_docstring(definitions: list[Found]) -> None:
 
 def test_every_function_is_fully_typed(definitions: list[Found]) -> None:
     assert [f"{each.where}: {', '.join(each.untyped)}" for each in definitions if each.untyped] == []
+
+
+def test_every_tensor_is_made_on_a_device_that_is_named() -> None:
+    """Else `torch.set_default_device("cuda")`, or `with torch.device(...)` around a call, would move our own.
+
+    Parameters of modules follow that device, as torch's do.
+    """
+    silent, num_named = [], 0
+    for path in (each for each in sources(PACKAGE) if "benchmark" not in each.parts):
+        calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+        of_modules = {id(each) for call in calls if ast.unparse(call.func) == "nn.Parameter" for each in call.args}
+        for call in calls:
+            if ast.unparse(call.func) in FACTORIES and id(call) not in of_modules:
+                is_named = any(keyword.arg in ("device", None) for keyword in call.keywords)
+                num_named += is_named
+                silent += [] if is_named else [f"{path.relative_to(ROOT)}:{call.lineno} {ast.unparse(call)}"]
+    assert num_named
+    assert silent == []
 
 
 @pytest.mark.parametrize("folder", ["hf_pearl", "tests"])

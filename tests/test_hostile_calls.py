@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from models import assert_nothing_held, enabled_for_tiny_models, random_prompts, tiny_model
+from models import assert_nothing_held, enabled_for_tiny_models, make_draft, random_prompts, tiny_model
 from transformers import DynamicCache, PreTrainedModel
 
 import hf_pearl
@@ -55,6 +56,29 @@ def test_autocast_in_one_call_and_not_in_the_next(target: PreTrainedModel) -> No
             again = target.generate(**inputs, **OPTIONS, pearl=INLINE, return_dict_in_generate=True)
             assert again.pearl.prefilled_tokens == 2
         assert_nothing_held(target)
+
+
+@pytest.mark.parametrize("execution", ["inline", "threads", "processes"])
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 20}, {"pad_token_id": 0}])
+def test_another_default_device_changes_nothing(
+    options: dict[str, Any], execution: str, target: PreTrainedModel
+) -> None:
+    """Of tensors that are made without a device; `generate` itself makes none so."""
+    inputs = random_prompts(random.Random(3), 3, (20, 31))
+    if "pad_token_id" in options:
+        inputs = {"input_ids": inputs["input_ids"]}
+    draft = make_draft(target, "noisy", 52)
+    config = PearlConfig(execution=execution, draft_length=3, seed=5)
+    asked: dict[str, Any] = {**OPTIONS, **inputs, **options}
+    expected = target.generate(**asked, assistant_model=draft, pearl=config)
+    hf_pearl.release(target)
+    with torch.device("meta"):
+        if not asked["do_sample"]:
+            assert torch.equal(target.generate(**asked), expected)
+        for _ in range(2):  # The second finds the prompts in the cache.
+            assert torch.equal(target.generate(**asked, assistant_model=draft, pearl=config), expected)
+        assert_nothing_held(target, draft)
+        hf_pearl.release(target)
 
 
 def test_a_cache_that_was_reset_takes_another_dtype(target: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -257,10 +258,14 @@ def test_what_a_part_cannot_do_is_refused(launched: LaunchedPair, saved: Saved) 
         pytest.param({"target_tp": 0}, ValueError, "`target_tp` must be a number of ranks", id="none"),
         pytest.param({"draft_tp": True}, ValueError, "`draft_tp` must be a number of ranks", id="no number"),
         pytest.param({"draft_tp": 1.5}, ValueError, "`draft_tp` must be a number of ranks", id="half a rank"),
+        ({"target_tp": 65}, ValueError, "`target_tp` must be a number of ranks, from 1 to 64, got 65"),
+        ({"target_tp": 10**30}, ValueError, "`target_tp` must be a number of ranks, from 1 to 64, got 10000"),
+        ({"draft_tp": 400}, ValueError, "`draft_tp` must be a number of ranks, from 1 to 64, got 400"),
         ({"dtype": "auto"}, TypeError, r"`dtype` must be .*torch\.bfloat16, or None, got 'auto'"),
         ({"dtype": "foo"}, TypeError, "`dtype` must be .*got 'foo'"),
         ({"dtype": 3.0}, TypeError, r"`dtype` must be .*got 3\.0"),
         ({"dtype": torch.int64}, TypeError, r"`dtype` must be .*got torch\.int64"),
+        ({"dtype": torch.float8_e4m3fn}, TypeError, r"`dtype` must be .*16 bits or more.*got torch\.float8_e4m3fn"),
         ({"device": "gpu"}, ValueError, "`device` names no device that torch knows, got 'gpu'.*Give"),
         ({"device": "meta"}, ValueError, "`device` must name devices that compute, got 'meta'.*Give"),
         ({"device": "cuda:99"}, ValueError, "`device` asks for cuda:99, and this machine has .*Name a device"),
@@ -284,6 +289,37 @@ def test_bad_arguments_are_refused_by_name_before_anything_starts(
     given |= arguments
     with pytest.raises(error, match=message):
         hf_pearl.launch(**given)
+
+
+@pytest.mark.parametrize(("draft_tp", "target_tp"), [(1, 1), (2, 1), (1, 2)])
+def test_another_default_device_changes_nothing(draft_tp: int, target_tp: int, saved: Saved) -> None:
+    expected = saved.expected()
+    with torch.device("meta"), saved.launch(draft_tp, target_tp) as pair:
+        assert generate(pair, saved.inputs).sequences.tolist() == expected.sequences.tolist()
+
+
+@pytest.mark.parametrize("part", ["target", "draft"])
+def test_more_ranks_than_open_files_allow_are_refused_before_anything_starts(
+    part: str, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
+    try:
+        with pytest.raises(ValueError, match=rf"`{part}_tp` is 40, .* and this process may open .*ulimit -n"):
+            hf_pearl.launch(*saved.folders, **{f"{part}_tp": 40})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_size_that_torchrun_has_not_started_is_refused_by_the_number_that_it_has(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    for num_ranks, sizes in (("2", (10**30, 1)), ("100", (70, 31))):
+        monkeypatch.setenv("WORLD_SIZE", num_ranks)
+        with pytest.raises(ValueError, match=rf"{num_ranks} ranks run, and .* is {sizes[0]} \+ {sizes[1]}\."):
+            hf_pearl.launch(*saved.folders, target_tp=sizes[0], draft_tp=sizes[1])
 
 
 def test_a_model_that_is_loaded_is_refused(saved: Saved) -> None:

@@ -145,7 +145,7 @@ def test_machines_are_described_in_words(text: str, expected: list[tuple[str, in
 
 
 @pytest.mark.parametrize(
-    "text", ["", "8", "8x", "0x80GiB", "8x80", "x80GiB", "8x80GiB,", "cpu 2x8GiB", "8x80GiB@3", "eight"]
+    "text", ["", "8", "8x", "0x80GiB", "8x80", "x80GiB", "8x80GiB,", "cpu 2x8GiB", "8x80GiB@3", "eight", f"{9**999}GB"]
 )
 def test_what_describes_no_machine_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r'`devices` must be described as in "8x80GiB".*got'):
@@ -306,12 +306,50 @@ def test_loaded_models_stay_where_they_are(seed: int) -> None:
         ({"num_tokens": 0}, ValueError, "`num_tokens` must be between 1 and"),
         ({"num_tokens": 1.5}, TypeError, r"`num_tokens` must be an int, got 1\.5"),
         ({"dtype": "bfloat16"}, TypeError, "`dtype` must be a floating-point dtype"),
+        ({"dtype": torch.float8_e4m3fn}, TypeError, r"`dtype` must be .*16 bits or more.*got torch\.float8_e4m3fn"),
+        (
+            {"devices": "2x80GiB", "measured": "x"},
+            TypeError,
+            "`measured` must be what `tune` returned, or None, got 'x'",
+        ),
+        ({"devices": "1x80GiB", "measured": 3}, TypeError, "`measured` must be what `tune` returned, or None, got 3"),
+        ({"devices": "9999x1TB"}, ValueError, "`devices` must be 128 at most, got 9999"),
+        ({"devices": "100x1TB,29x1TB"}, ValueError, "`devices` must be 128 at most, got 129"),
+        ({"devices": "9" * 400 + "x1TB"}, ValueError, "`devices` must be described as"),
+        ({"devices": [Device(f"cuda:{index}", 2**40) for index in range(129)]}, ValueError, "128 at most, got 129"),
+        ({"devices": "2x0GiB"}, ValueError, r"`devices\[0\]\.memory` must be .*got 0"),
+        ({"devices": "2x80GiB@0TB/s"}, ValueError, r"`devices\[0\]\.bandwidth` must be .*got 0\.0"),
+        ({"devices": [Device(3, 2**30)]}, TypeError, r"`devices\[0\]\.name` must name devices, got 3"),  # type: ignore[arg-type]
+        ({"devices": [Device("gpu0", 2**30)]}, ValueError, r"`devices\[0\]\.name` names no device .*got 'gpu0'"),
+        ({"devices": [Device("cuda:0", 2**30), Device("cuda:0", 2**30)]}, ValueError, "names cuda:0 more than once"),
+        ({"devices": [Device("cuda:300", 2**30)]}, ValueError, r"`devices\[0\]\.name` must .*got 'cuda:300'.* 127 "),
+        (
+            {"devices": [Device("cuda", 2**30), Device("cuda:0", 2**30)]},
+            ValueError,
+            r"`devices\[0\]\.name` must .*got 'cuda'.*Give",
+        ),
+        ({"devices": [Device("cuda:0", "1GiB")]}, TypeError, r"`devices\[0\]\.memory` must be .*got '1GiB'"),  # type: ignore[arg-type]
+        ({"devices": [Device("cuda:0", True)]}, TypeError, r"`devices\[0\]\.memory` must be .*got True"),
+        ({"devices": [Device("cuda:0", 8e10)]}, TypeError, r"`devices\[0\]\.memory` must be .*got 80000000000\.0"),  # type: ignore[arg-type]
+        ({"devices": [Device("cuda:0", 10**400)]}, ValueError, r"`devices\[0\]\.memory` must be .*got 1000"),
+        ({"devices": [Device("cpu", 1, "x")]}, TypeError, r"`devices\[0\]\.bandwidth` must be .*got 'x'"),  # type: ignore[arg-type]
+        ({"devices": [Device("cpu", 1, float("nan"))]}, ValueError, r"`devices\[0\]\.bandwidth` must be .*got nan"),
+        ({"devices": [Device("cpu", 1, -1)]}, ValueError, r"`devices\[0\]\.bandwidth` must be .*got -1"),
         ({"devices": "1x1MiB"}, ValueError, "do not hold the pair"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         plan(**{"target": DEMO / "target", "draft": DEMO / "draft", **arguments})
+
+
+def test_a_draft_with_another_vocabulary_is_refused(seed: int, tmp_path: Path) -> None:
+    target, padded, other = (tiny_model("llama", seed, vocab_size=size) for size in (64, 64 + 1024, 65 + 1024))
+    other.save_pretrained(tmp_path)
+    assert plan(target, padded).draft.name == "LlamaForCausalLM"
+    for draft in (other, tmp_path):
+        with pytest.raises(ValueError, match=r"`draft` must have the vocabulary of `target`.*64 .*got .* 1089\. "):
+            plan(target, draft)
 
 
 def test_models_that_pearl_cannot_run_are_refused(tmp_path: Path) -> None:
@@ -330,6 +368,12 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None
             with pytest.raises(SystemExit) as ended:
                 main(["plan", *wrong])
             assert ended.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_the_command_takes_no_target_without_a_draft(capsys: pytest.CaptureFixture[str]) -> None:
+    with command_in_process(), pytest.raises(SystemExit) as ended:
+        main(["plan", "--target", str(DEMO / "target")])
+    assert ended.value.code == 2 and "--target needs --draft" in capsys.readouterr().err
 
 
 # The Hub, as far as a plan asks it.

@@ -243,7 +243,7 @@ class BatchOfRows(Cache, ABC):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`."""
-        self._select(torch.arange(len(self.batch_rows))[indices.cpu()].tolist())
+        self._select(torch.arange(len(self.batch_rows), device="cpu")[indices.cpu()].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Have every row `repeats` times."""

@@ -44,7 +44,7 @@ def _errors(kernels: Kernels, held: Held, windows: Sequence[int | None]) -> list
     num_new, num_slots = tables.bounds.num_tokens, NUM_BLOCKS * BLOCK_SIZE
     generator = torch.Generator().manual_seed(0)
     query, key, value, *pools = (
-        torch.randn(1, heads, length, held.max_head_dim, generator=generator).to(held.device, held.dtype)
+        torch.randn(1, heads, length, held.max_head_dim, generator=generator, device="cpu").to(held.device, held.dtype)
         for heads, length in ((2, num_new), (1, num_new), (1, num_new), (1, num_slots), (1, num_slots))
     )
     right, tried = (Pools(*(pool.clone() for pool in pools)) for _ in range(2))

@@ -66,7 +66,7 @@ def _layout(pool: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _move(pools: Sequence[torch.Tensor], slots: Sequence[int]) -> None:
     pool, num_moves = pools[0], len(slots) // 2
-    numbers = torch.tensor([*(each.data_ptr() for each in pools), *slots])
+    numbers = torch.tensor([*(each.data_ptr() for each in pools), *slots], device="cpu")
     if pool.device.type == "cuda":
         numbers = numbers.pin_memory().to(pool.device, non_blocking=True)
     with device_guard(pool):

@@ -21,7 +21,7 @@ Slots = slice | torch.Tensor  # neighbours, or `(n,)` numbers of any slots
 
 def as_numbers(slots: Slots) -> torch.Tensor:
     """Slot numbers `(n,)`."""
-    return torch.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
+    return torch.arange(slots.start, slots.stop, device="cpu") if isinstance(slots, slice) else slots
 
 
 class Held(NamedTuple):

@@ -90,5 +90,7 @@ class PagedSequence:
         if self._run_starts[bisect_right(self._run_starts, last) - 1] <= first:
             slot = self.block_table[first] * block_size + offset
             return slice(slot, slot + end - start)
-        blocks = torch.tensor(self.block_table[first : last + 1])
-        return (blocks[:, None] * block_size + torch.arange(block_size)).flatten()[offset : offset + end - start]
+        blocks = torch.tensor(self.block_table[first : last + 1], device="cpu")
+        return (blocks[:, None] * block_size + torch.arange(block_size, device="cpu")).flatten()[
+            offset : offset + end - start
+        ]

@@ -42,7 +42,7 @@ class TreeMask(NamedTuple):
 
     def mask(self, num_queries: int, num_keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
         """`(1, Q, L)`, as in `PaddedBatch`; queries behind the last path see the first key."""
-        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool)
+        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device="cpu")
         hidden[:, : self.num_common] = False
         for row, path in enumerate(self.paths):
             hidden[row, list(path)] = False
@@ -116,13 +116,15 @@ class PaddedBatch:
 
     def _group(self, num_heads: int, num_key_value_heads: int) -> GroupedQueries:
         group, width = num_heads // num_key_value_heads, max(self.num_queries)
-        counts = torch.tensor(self.num_queries)  # (S,)
-        window = torch.arange(width).minimum(counts[:, None] - 1)  # (S, Q)
+        counts = torch.tensor(self.num_queries, device="cpu")  # (S,)
+        window = torch.arange(width, device="cpu").minimum(counts[:, None] - 1)  # (S, Q)
         tokens = (counts.cumsum(0) - counts)[:, None] + window
-        heads = torch.arange(num_heads).view(1, num_key_value_heads, group, 1)
+        heads = torch.arange(num_heads, device="cpu").view(1, num_key_value_heads, group, 1)
         into = (tokens[:, None, None] * num_heads + heads).flatten()
-        places = torch.arange(into.numel()).view(len(counts), num_heads, width).transpose(1, 2)  # (S, Q, H)
-        back = places[torch.arange(width) < counts[:, None]].flatten()
+        places = (
+            torch.arange(into.numel(), device="cpu").view(len(counts), num_heads, width).transpose(1, 2)
+        )  # (S, Q, H)
+        back = places[torch.arange(width, device="cpu") < counts[:, None]].flatten()
         device = self.mask.device
         return GroupedQueries(into.to(device), back.to(device), self.mask.repeat(1, 1, group, 1))
 
@@ -192,9 +194,9 @@ def padded_batch(
 ) -> PaddedBatch:
     """Sequences that are read together."""
     num_keys, num_queries = max(span.num_keys for span in spans), max(span.num_queries for span in spans)
-    starts = torch.tensor([span.num_keys - span.num_queries for span in spans])
-    positions = starts[:, None, None] + torch.arange(num_queries)[None, :, None]
-    mask = _mask(positions, torch.arange(num_keys), window, like)[:, None]
+    starts = torch.tensor([span.num_keys - span.num_queries for span in spans], device="cpu")
+    positions = starts[:, None, None] + torch.arange(num_queries, device="cpu")[None, :, None]
+    mask = _mask(positions, torch.arange(num_keys, device="cpu"), window, like)[:, None]
     for row, span in enumerate(spans):
         if span.tree is not None:
             mask[row] = span.tree.mask(num_queries, num_keys, window, like)
@@ -203,7 +205,7 @@ def padded_batch(
 
 
 def _gathered_slots(spans: Sequence[Span], num_keys: int) -> torch.Tensor:
-    slots = torch.zeros(len(spans), num_keys, dtype=torch.long)
+    slots = torch.zeros(len(spans), num_keys, dtype=torch.long, device="cpu")
     for row, span in enumerate(spans):
         own = as_numbers(span.slots).cpu()
         slots[row, : span.num_keys], slots[row, span.num_keys :] = own, own[0]
@@ -216,8 +218,8 @@ def row_mask(span: Span, window: int | None, like: torch.Tensor) -> torch.Tensor
         return span.tree.mask(span.num_queries, span.num_keys, window, like)[None]
     if span.num_queries == 1:
         return None
-    positions = torch.arange(span.num_keys - span.num_queries, span.num_keys)[:, None]
-    return _mask(positions, torch.arange(span.num_keys), window, like)[None, None]
+    positions = torch.arange(span.num_keys - span.num_queries, span.num_keys, device="cpu")[:, None]
+    return _mask(positions, torch.arange(span.num_keys, device="cpu"), window, like)[None, None]
 
 
 def _mask(positions: torch.Tensor, keys: torch.Tensor, window: int | None, like: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,6 @@ def move_slots(layers: Sequence[PagedLayer], backend: Backend, source: Sequence[
         if kernels is not None:
             kernels.move([pool.data for layer in group for pool in layer.pools or ()], source, target)
             continue
-        slots = torch.tensor([source, target]).to(held.device).unbind()
+        slots = torch.tensor([source, target], device="cpu").to(held.device).unbind()
         for layer in group:
             layer.copy(*slots)

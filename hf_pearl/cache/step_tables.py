@@ -141,7 +141,7 @@ class StepTables:
         rooms = _rooms(limits)
         is_cuda = self.device.type == "cuda"
         with torch.inference_mode(False):  # Such a tensor is written to by every later step, in whatever mode.
-            self._on_host = torch.zeros(sum(rooms), dtype=torch.int32, pin_memory=is_cuda)
+            self._on_host = torch.zeros(sum(rooms), dtype=torch.int32, pin_memory=is_cuda, device="cpu")
             self._numbers = torch.zeros_like(self._on_host, device=self.device) if is_cuda else self._on_host
         self.device = self._numbers.device  # with its index: "cuda" is compared with no tensor's "cuda:0"
         self.num_new: list[int] = []

@@ -83,8 +83,7 @@ def load_pair(args: argparse.Namespace) -> Pair:
     """
     if args.pair == SMOLLM2:
         return _load_smollm2(args)
-    if args.target is not None and args.draft is None:
-        raise UsageError("--target needs --draft: the embedded draft knows the embedded target's vocabulary only")
+    check_both_named(args)
     device = named_device(args.device)
     target_name, draft_name = model_source(args.target, "target"), model_source(args.draft, "draft")
     with _reporting(f"--target {target_name}"):
@@ -94,6 +93,12 @@ def load_pair(args: argparse.Namespace) -> Pair:
         draft = load_model(draft_name, device, args.dtype)
     _check_vocabulary(tokenizer, draft_name)
     return target, draft, tokenizer
+
+
+def check_both_named(args: argparse.Namespace) -> None:
+    """Raise `UsageError` for a target that is named without a draft."""
+    if args.target is not None and args.draft is None:
+        raise UsageError("--target needs --draft: the embedded draft knows the embedded target's vocabulary only")
 
 
 def _load_smollm2(args: argparse.Namespace) -> Pair:

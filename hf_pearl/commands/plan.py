@@ -12,7 +12,7 @@ import torch
 
 from ..parallel.placement import MIN_TOKENS
 from ..planning.plan import plan
-from .command_line import DTYPES, UsageError, model_source
+from .command_line import DTYPES, UsageError, check_both_named, model_source
 from .option_types import positive_int
 
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    check_both_named(args)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     try:
         print(

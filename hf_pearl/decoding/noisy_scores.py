@@ -78,7 +78,7 @@ def load_kernels(device: torch.device) -> ModuleType | None:
 
 def _rows(draws: Sequence[Draw], device: torch.device) -> torch.Tensor:
     """What the kernels want of every row, `(N, 4)`, in one copy to the device."""
-    rows = torch.tensor([draw.source.row(draw.position) for draw in draws if draw.source is not None])
+    rows = torch.tensor([draw.source.row(draw.position) for draw in draws if draw.source is not None], device="cpu")
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
 

@@ -98,7 +98,9 @@ class RecordedLane:
                 lengths = [window.branches.num_common + len(path) for path in window.branches.paths]
             right += [token_ids[min(length, len(token_ids)) - 1] for length in lengths[-window.num_logits :]]
         self._advance(windows)
-        return torch.nn.functional.one_hot(torch.tensor(right, dtype=torch.long), self._vocab_size).float()
+        return torch.nn.functional.one_hot(
+            torch.tensor(right, dtype=torch.long, device="cpu"), self._vocab_size
+        ).float()
 
     def rollback(self, request_id: int, length: int) -> None:
         """Drop tokens."""

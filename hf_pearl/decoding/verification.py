@@ -157,7 +157,7 @@ class Slab:
             self._scores_so_far = (*self._scores_so_far, scores)
             shown = self._scores_so_far
         fired = self.rules.criteria(self._ids[:, : self.length].contiguous(), shown)
-        fired = torch.as_tensor(fired).expand(len(self.requests)).tolist()
+        fired = torch.as_tensor(fired, device="cpu").expand(len(self.requests)).tolist()
         self._has_fired = [old or new for old, new in zip(self._has_fired, fired, strict=True)]
         for request, has_fired in zip(self.requests, self._has_fired, strict=True):
             request.finished = request.finished or (has_fired if self._pads else all(self._has_fired))

@@ -13,7 +13,7 @@ from ..errors import PearlUnsupportedModelError, first_line
 from ..pair import default_device
 from ..parallel.tensor_parallel import find_folder
 from ..parallel.tensor_parallel.plan import make_plan
-from ..planning.unloaded import unloaded
+from ..planning.unloaded import check_dtype, unloaded
 
 
 def check_sources(target: Any, draft: Any) -> None:
@@ -29,12 +29,6 @@ def _no_source(argument: str, source: Any) -> TypeError:
     got = f"a {type(source).__name__}" if is_model else repr(source)
     cure = "Every rank loads its part itself: pass what the model was loaded from, or `save_pretrained` it to a folder."
     return TypeError(f"`{argument}` must be a folder or a name on the Hub, got {got}. {cure * is_model}".rstrip())
-
-
-def check_size(argument: str, size: Any) -> None:
-    """Raise `ValueError` for what is no number of ranks."""
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"`{argument}` must be a number of ranks, 1 or more; got {size!r}.")
 
 
 def checked_device(device: Any) -> torch.device:
@@ -57,10 +51,7 @@ def checked_dtype(dtype: Any, device: torch.device) -> torch.dtype:
     """The dtype that is asked for, or the usual one of a device; raises `TypeError` for what is none."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(
-            f"`dtype` must be a floating-point dtype of torch, such as torch.bfloat16, or None, got {dtype!r}."
-        )
+    check_dtype(dtype)
     return dtype
 
 

@@ -11,12 +11,11 @@ from transformers import PreTrainedModel
 from ..pair import load_model
 from ..parallel.cores import available_cores
 from ..parallel.ranks.models import close_ranks, load_first_part, stand_in
-from ..parallel.ranks.shared_collectives import HAS_EVENTS
 from ..parallel.ranks.wire import RankModel
 from ..parallel.ranks.world import in_world
-from ..parallel.workers.child_process import why_no_child
-from .checks import check_model, check_size, check_sources, checked_device, checked_dtype, checked_folder
+from .checks import check_model, check_sources, checked_device, checked_dtype, checked_folder
 from .launched_pair import LaunchedPair
+from .rank_checks import check_ranks, check_size
 from .world_pair import WorldPair
 
 
@@ -42,7 +41,7 @@ def launch(
     target, draft : str or Path
         Folders, or names on the Hub, with weights in safetensors. No draft: plain decoding.
     target_tp, draft_tp : int
-        Ranks of each.
+        Ranks of each; 64 at most where nobody else starts them.
     dtype : torch.dtype, optional
         Of both models' weights; by default float32 on a CPU and bfloat16 elsewhere.
     device : torch.device or str, optional
@@ -70,14 +69,13 @@ def launch(
     check_size("draft_tp", draft_tp)
     device = checked_device(device)
     dtype = checked_dtype(dtype, device)
-    num_ranks = target_tp + (draft_tp if draft is not None else 0)
-    num_threads = _threads_per_rank(num_ranks)
+    draft_ranks = 0 if draft is None else draft_tp
+    check_ranks(device, target_tp, draft_ranks)
+    num_threads = _threads_per_rank(target_tp + draft_ranks)
     target_model = _rank_model(target, dtype, "target", target_tp, num_threads)
     draft_model = None if draft is None else _rank_model(draft, dtype, "draft", draft_tp, num_threads)
     if in_world():
         return WorldPair(target_model, draft_model, device)
-    if max(target_tp, draft_tp) > 1:
-        _check_ranks_here(device, num_ranks)
     return _hold(target_model, draft_model, device)
 
 
@@ -90,22 +88,6 @@ def _rank_model(name: str | Path, dtype: torch.dtype, lane: str, size: int, num_
     folder = checked_folder(lane, name)  # Whatever is downloaded, this process does it, once.
     check_model(lane, folder, dtype, size)
     return RankModel(str(folder), str(dtype).removeprefix("torch."), lane, size, num_threads)
-
-
-def _check_ranks_here(device: torch.device, num_ranks: int) -> None:
-    if not HAS_EVENTS:
-        raise NotImplementedError("several ranks need Linux (memfd, eventfd). Leave `target_tp` and `draft_tp` at 1.")
-    reason = why_no_child()
-    if reason is not None:
-        raise NotImplementedError(
-            f"several ranks need new processes, and {reason}. Leave `target_tp` and `draft_tp` at 1, or run this as a "
-            "script of an installed Python."
-        )
-    if device.type != "cpu":
-        raise NotImplementedError(
-            f"the ranks that `launch` starts compute on CPUs, and `device` is {device}. Start the script by `torchrun "
-            f'--nproc-per-node {num_ranks}`, whose ranks have a GPU each, or say `device="cpu"`.'
-        )
 
 
 def _hold(target: RankModel, draft: RankModel | None, device: torch.device) -> LaunchedPair:

@@ -40,7 +40,6 @@ class WorldPair(LaunchedPair):
 
     def __init__(self, target: RankModel, draft: RankModel | None, device: torch.device) -> None:
         self._device, self._num_threads = _own_device(device), target.num_threads
-        _check_world(target, draft)
         if self._device.type == "cuda":  # NCCL and whoever says "cuda" mean the current one.
             torch.cuda.set_device(self._device)
         self._owns_world = not dist.is_initialized()
@@ -153,16 +152,6 @@ class WorldPair(LaunchedPair):
         if self._owns_world and dist.is_initialized():
             self._owns_world = False
             dist.destroy_process_group()
-
-
-def _check_world(target: RankModel, draft: RankModel | None) -> None:
-    sizes = target.size, 0 if draft is None else draft.size
-    num_ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
-    if sum(sizes) != num_ranks:
-        raise ValueError(
-            f"{num_ranks} ranks run, and `target_tp` + `draft_tp` is {sizes[0]} + {sizes[1]}. "
-            f"Start {sum(sizes)} (`torchrun --nproc-per-node {sum(sizes)}`), or choose other sizes."
-        )
 
 
 def _own_device(device: torch.device) -> torch.device:

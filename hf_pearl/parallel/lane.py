@@ -75,7 +75,7 @@ class ModelLane:
         self._sequences: dict[int, PagedSequence] = {}
         self._with_nan: set[int] = set()  # Masked attention spreads a NaN to tokens before it: nobody may find those.
         self._nan_on_device: torch.Tensor | None = None  # the same of all sequences of the call, where asking waits
-        self._no_mask = torch.zeros(1, 1, 1, 1)
+        self._no_mask = torch.zeros(1, 1, 1, 1, device="cpu")
         self._may_use_inference_mode = may_use_inference_mode(model)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -216,8 +216,8 @@ class ModelLane:
 
     def _inputs(self, packed: PackedWindows) -> dict[str, torch.Tensor | int]:
         inputs: dict[str, torch.Tensor | int] = {
-            "input_ids": torch.tensor([packed.token_ids]).to(self.device),
-            "position_ids": torch.tensor([packed.positions]).to(self.device),
+            "input_ids": torch.tensor([packed.token_ids], device="cpu").to(self.device),
+            "position_ids": torch.tensor([packed.positions], device="cpu").to(self.device),
         }
         if self._takes_logits_to_keep and len(packed.kept) < len(packed.token_ids):
             inputs["logits_to_keep"] = self._logits_to_keep(packed.kept, len(packed.token_ids))

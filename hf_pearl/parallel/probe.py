@@ -46,7 +46,7 @@ def _difference(model: PreTrainedModel) -> float:
     """The largest difference of a logit, as a share of the largest logit: prefill, then ragged windows."""
     lane = ModelLane(model, PagedPrefixCache(model.config, 16, device=input_device(model)))
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(1, lane.vocab_size, (2, NUM_TOKENS), generator=generator)
+    rows = torch.randint(1, lane.vocab_size, (2, NUM_TOKENS), generator=generator, device="cpu")
     lengths, later = (NUM_TOKENS, NUM_TOKENS // 2), 5
     with lane.ready():
         expected = []

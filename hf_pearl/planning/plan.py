@@ -16,6 +16,7 @@ from ..config import PearlConfig
 from ..errors import PearlUnsupportedModelError
 from ..model_devices import devices_of
 from ..models import unwrap
+from ..pair_checks import check_vocabularies
 from ..parallel.placement import MIN_TOKENS, stays
 from ..parallel.ranks.models import check_whole
 from ..parallel.tensor_parallel.plan import make_plan
@@ -23,8 +24,8 @@ from ..tuning import Tuning
 from .footprint import Footprint
 from .planner import ASSUMED_ACCEPTANCE, LanePlan, split
 from .tensor_parallel_split import TensorParallelSplit, tensor_parallel_split
-from .topology import Device, other_device, parse_topology, present_devices
-from .unloaded import unloaded
+from .topology import Device, described_devices, other_device, present_devices
+from .unloaded import check_dtype, unloaded
 
 MAX_TOKENS = 2**40
 
@@ -141,8 +142,8 @@ def plan(
     target, draft : PreTrainedModel, str or Path
         Models, folders, or names on the Hub, of which only the configuration and the sizes of the files are fetched.
     devices : str, sequence of Device or None
-        A machine to plan for, such as "8x80GiB", "2x24GiB@1TB/s" or "cpu 64GiB"; None: this one. Models that are
-        loaded are then where `PearlConfig()` leaves or moves them.
+        A machine to plan for, such as "8x80GiB", "2x24GiB@1TB/s" or "cpu 64GiB", 128 devices at most; None: this one.
+        Models that are loaded are then where `PearlConfig()` leaves or moves them.
     dtype : torch.dtype or None
         That models given by name are loaded in; None: each in its own.
     num_tokens : int
@@ -157,12 +158,7 @@ def plan(
     NotImplementedError
         A model that PEARL cannot run, or one of `launch` that is not whole in this process.
     """
-    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
-        raise TypeError(f"`num_tokens` must be an int, got {num_tokens!r}.")
-    if not 1 <= num_tokens <= MAX_TOKENS:
-        raise ValueError(f"`num_tokens` must be between 1 and {MAX_TOKENS}, got {num_tokens}.")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"`dtype` must be a floating-point dtype of torch or None, got {dtype!r}.")
+    _check_options(dtype, num_tokens, measured)
     models = [_model(name, given, dtype) for name, given in (("target", target), ("draft", draft))]
     _check_pair(models[0][0], models[1][0])
     prints = [Footprint.of(model, weights) for model, weights in models]
@@ -186,6 +182,17 @@ def plan(
     return Plan(machine, planned[0], planned[1], found.num_tokens, parallel, devices is None, dtype, num_tokens)
 
 
+def _check_options(dtype: Any, num_tokens: Any, measured: Any) -> None:
+    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
+        raise TypeError(f"`num_tokens` must be an int, got {num_tokens!r}.")
+    if not 1 <= num_tokens <= MAX_TOKENS:
+        raise ValueError(f"`num_tokens` must be between 1 and {MAX_TOKENS}, got {num_tokens}.")
+    if dtype is not None:
+        check_dtype(dtype)
+    if measured is not None and not isinstance(measured, Tuning):
+        raise TypeError(f"`measured` must be what `tune` returned, or None, got {measured!r}.")
+
+
 def _model(argument: str, given: Any, dtype: torch.dtype | None) -> tuple[PreTrainedModel, int | None]:
     """A model, or the structure of one that is not loaded, and what its files say of its size."""
     if isinstance(given, (str, Path)):
@@ -201,6 +208,7 @@ def _check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
     check_arguments(target, target.generation_config, {"assistant_model": draft})
     for model in (target, draft):
         check_supported(model)
+    check_vocabularies(target, draft)
 
 
 def _machine(
@@ -208,7 +216,7 @@ def _machine(
 ) -> tuple[tuple[Device, ...], tuple[list[str] | None, list[str] | None]]:
     """The devices, with what the models hold of them counted as free, and where they lie if they stay there."""
     if devices is not None:
-        return (parse_topology(devices) if isinstance(devices, str) else _checked(devices)), (None, None)
+        return described_devices(devices), (None, None)
     loaded = [unwrap(each) for each in (target, draft) if not isinstance(each, (str, Path))]
     held: dict[str, int] = {}
     for parameter in {id(each): each for model in loaded for each in model.parameters()}.values():
@@ -226,15 +234,6 @@ def _machine(
     others = dict.fromkeys(name for place in places for name in place or () if name not in names)
     machine += [other_device(name, held.get(name, 0)) for name in others]
     return tuple(machine), (places[0], places[1])
-
-
-def _checked(devices: Any) -> tuple[Device, ...]:
-    found = tuple(devices) if isinstance(devices, Sequence) else ()
-    if not found or not all(isinstance(each, Device) for each in found):
-        raise TypeError(
-            f'`devices` must be a description such as "8x80GiB", or a sequence of `Device`, got {devices!r}.'
-        )
-    return found
 
 
 def _tensor_parallel(

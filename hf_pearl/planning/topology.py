@@ -5,15 +5,21 @@ from __future__ import annotations
 import functools
 import re
 import time
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from ..cache.sizing import free_cuda_memory, main_memory
+from ..device_arguments import one_device
+
+MAX_DEVICES = 128  # torch counts no further; every split of them is looked at.
+MAX_BYTES = 2**60  # of a device's memory, or that it reads per second
 
 _COPY_BYTES = {"cuda": 2**28, "cpu": 2**26}  # more than caches hold
 _COPIES = 5
-_GROUP = re.compile(r"(?:(\d{1,4})\s*x)?\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)(?:\s*@\s*(\d+(?:\.\d+)?)\s*([mgt])b/s)?")
+_NUMBER = r"(\d{1,9}(?:\.\d{1,9})?)"
+_GROUP = re.compile(rf"(?:(\d{{1,4}})\s*x)?\s*{_NUMBER}\s*([kmgt]i?b)(?:\s*@\s*{_NUMBER}\s*([mgt])b/s)?")
 _UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -87,13 +93,69 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def described_devices(devices: Any) -> tuple[Device, ...]:
+    """A machine that is described in words (`parse_topology`) or by a sequence of `Device`, every field looked at.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is neither, has too many devices, one name twice, or a field that makes no sense.
+    """
+    found = devices if isinstance(devices, Sequence) else ()
+    if isinstance(devices, str):
+        found = parse_topology(devices)
+    if not found or not all(isinstance(each, Device) for each in found):
+        raise TypeError(
+            f'`devices` must be a description such as "8x80GiB", or a sequence of `Device`, got {devices!r}.'
+        )
+    _check_count(len(found))
+    for index, device in enumerate(found):
+        _check_device(f"devices[{index}]", device)
+    names = [device.name for device in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"`devices` names {', '.join(twice)} more than once. Give every device a name of its own.")
+    return tuple(found)
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_DEVICES:
+        raise ValueError(
+            f"`devices` must be {MAX_DEVICES} at most, got {count}. Plan for those that one pair is to run on."
+        )
+
+
+def _check_device(where: str, device: Device) -> None:
+    how = f'Give it as torch writes it: "cpu", or a number from 0 to {MAX_DEVICES - 1} as in "cuda:0".'
+    found = one_device(f"{where}.name", device.name, how)
+    if device.name != ("cpu" if found.type == "cpu" else f"{found.type}:{found.index}"):
+        raise ValueError(f"`{where}.name` must name a single device in full, got {device.name!r}. {how}")
+    memory, bandwidth = device.memory, device.bandwidth
+    if isinstance(memory, bool) or not isinstance(memory, int):
+        raise TypeError(f"`{where}.memory` must be a number of bytes, such as 80 * 2**30, got {memory!r}.")
+    if not 0 < memory <= MAX_BYTES:
+        raise ValueError(f"`{where}.memory` must be from 1 to {MAX_BYTES} bytes, got {memory}.")
+    if bandwidth is None:
+        return
+    if isinstance(bandwidth, bool) or not isinstance(bandwidth, (int, float)):
+        raise TypeError(
+            f"`{where}.bandwidth` must be bytes per second, such as 3.35e12, or None where it is not known, got "
+            f"{bandwidth!r}."
+        )
+    if not 0 < bandwidth <= MAX_BYTES:
+        raise ValueError(
+            f"`{where}.bandwidth` must be above 0 and at most {MAX_BYTES} bytes per second, or None where it is not "
+            f"known, got {bandwidth}."
+        )
+
+
 def parse_topology(text: str) -> tuple[Device, ...]:
     """The devices of a machine that is described: "8x80GiB", "2x24GiB, 1x80GiB@3.35TB/s", "cpu 64GiB".
 
     Raises
     ------
     ValueError
-        It describes none.
+        It describes none, or one of too many devices.
     """
     is_cpu = text.strip().lower().startswith("cpu")
     groups = [_GROUP.fullmatch(part.strip()) for part in text.strip().lower().removeprefix("cpu").split(",")]
@@ -103,6 +165,7 @@ def parse_topology(text: str) -> tuple[Device, ...]:
             f'`devices` must be described as in "8x80GiB", "2x24GiB,1x80GiB@3.35TB/s" (bytes read per second) or '
             f'"cpu 64GiB", got {text!r}.'
         )
+    _check_count(sum(counts))
     found: list[Device] = []
     for group, count in zip(groups, counts, strict=True):
         assert group is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -32,6 +32,15 @@ class Unloaded(NamedTuple):
 
     model: PreTrainedModel
     weights: int | None
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise `TypeError` for what models cannot be loaded in: a dtype of 8 bits only stores what is scaled elsewhere."""
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise TypeError(
+            "`dtype` must be a floating-point dtype of torch of 16 bits or more, such as torch.bfloat16, or None, got "
+            f"{dtype!r}. A model that is saved quantised stays so: leave `dtype` out."
+        )
 
 
 def unloaded(argument: str, source: str | Path, dtype: torch.dtype | None) -> Unloaded:

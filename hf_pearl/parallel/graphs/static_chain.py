@@ -61,7 +61,7 @@ class StaticChain:
         self.forwards = [StaticForward(model, cache, bucket, device) for _ in range(num_steps)]
         size, is_cuda = (num_steps, bucket.num_tokens), device.type == "cuda"
         with torch.inference_mode(False):  # Such tensors are written to by every later step, in whatever mode.
-            self._noise_on_host = torch.zeros(*size, 4, dtype=torch.long, pin_memory=is_cuda)
+            self._noise_on_host = torch.zeros(*size, 4, dtype=torch.long, pin_memory=is_cuda, device="cpu")
             self._noise = torch.zeros_like(self._noise_on_host, device=device) if is_cuda else self._noise_on_host
             self._token_ids = torch.zeros(*size, self._chooser.num_guesses, dtype=torch.long, device=device)
             self._confidence = torch.zeros(self._token_ids.shape, device=device)

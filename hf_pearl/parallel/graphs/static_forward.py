@@ -35,9 +35,9 @@ class StaticForward:
         self._step = StaticStep(cache, self.tables)
         is_cuda = device.type == "cuda"
         with torch.inference_mode(False):  # Such tensors are written to by every later step, in whatever mode.
-            self._on_host = torch.zeros(3, bucket.num_tokens, dtype=torch.long, pin_memory=is_cuda)
+            self._on_host = torch.zeros(3, bucket.num_tokens, dtype=torch.long, pin_memory=is_cuda, device="cpu")
             self.numbers = torch.zeros_like(self._on_host, device=device) if is_cuda else self._on_host
-            self._no_mask = torch.zeros(1, 1, 1, 1)
+            self._no_mask = torch.zeros(1, 1, 1, 1, device="cpu")
             self.input_ids, self._position_ids = self.numbers[0:1], self.numbers[1:2]
             self._kept = self.numbers[2]
         self._host = self._on_host.numpy()

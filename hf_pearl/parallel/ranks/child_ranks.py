@@ -40,6 +40,11 @@ def _state_of_files(folder: str) -> list[tuple[str, int, int, int]]:
     return sorted((name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in found)
 
 
+def num_files(size: int) -> int:
+    """Open files that the first of `size` ranks keeps: the table's, and of every other rank a line and a log."""
+    return size * (size - 1) + 1 + 2 * (size - 1) if size > 1 else 0
+
+
 class _Child:
     """One rank's process, as its parent sees it."""
 

@@ -121,7 +121,7 @@ class SharedCollectives:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's tensor, with the same bits on every rank."""
-        total = torch.empty(tensor.shape, dtype=tensor.dtype)
+        total = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         given, taken = tensor.reshape(-1), total.view(-1)
         step = SLOT_BYTES // tensor.dtype.itemsize
         for start in range(0, len(given), step):
@@ -135,7 +135,7 @@ class SharedCollectives:
         """Every rank's `(..., n)` side by side, in the order of ranks: `(..., size * n)`."""
         width = tensor.shape[-1]
         given = tensor.reshape(-1, width)
-        taken = torch.empty(len(given), self.size * width, dtype=tensor.dtype)
+        taken = torch.empty(len(given), self.size * width, dtype=tensor.dtype, device="cpu")
         step = SLOT_BYTES // (tensor.dtype.itemsize * max(1, width))
         assert step, f"a row of {width} values does not fit into a slot"
         for start in range(0, len(given), step):

@@ -85,7 +85,7 @@ class _Hearing:
 
     def _tensor(self) -> torch.Tensor:
         dtype, *shape = self._words()
-        tensor = torch.empty(shape, dtype=_DTYPES[dtype])
+        tensor = torch.empty(shape, dtype=_DTYPES[dtype], device="cpu")
         broadcast_tensor(tensor, self._source.speaker, self._source.group)
         if self._passed_on is not None:
             broadcast_tensor(tensor, self._passed_on.speaker, self._passed_on.group)

@@ -107,9 +107,9 @@ class WorldRanks:
 
 def broadcast_words(words: Sequence[int] | None, source: int, group: dist.ProcessGroup) -> array[int]:
     """Send words from the rank `source` of the world, which has some, to all others of a group, which have None."""
-    count = torch.tensor([0 if words is None else len(words)])
+    count = torch.tensor([0 if words is None else len(words)], device="cpu")
     broadcast_tensor(count, source, group)
-    content = torch.tensor(words if words is not None else [0] * _checked(count), dtype=torch.int64)
+    content = torch.tensor(words if words is not None else [0] * _checked(count), dtype=torch.int64, device="cpu")
     if len(content):
         broadcast_tensor(content, source, group)
     return array("q", content.tolist())
@@ -128,7 +128,7 @@ def send_words(words: Sequence[int], to: int, group: dist.ProcessGroup) -> None:
     """Send words to the rank `to` of the world; raises `RankError` where it does not hear them in time."""
     for content in ([len(words)], words):
         if len(content):
-            tensor = torch.tensor(content, dtype=torch.int64)
+            tensor = torch.tensor(content, dtype=torch.int64, device="cpu")
             try:
                 work = dist.isend(tensor, to, group)
                 assert work is not None
@@ -139,10 +139,10 @@ def send_words(words: Sequence[int], to: int, group: dist.ProcessGroup) -> None:
 
 def receive_words(source: int, group: dist.ProcessGroup) -> array[int]:
     """Wait for the next words of the rank `source` of the world; raises `RankError` where none can come any more."""
-    count = torch.tensor([0])
+    count = torch.tensor([0], device="cpu")
     try:
         dist.recv(count, source, group)
-        content = torch.zeros(_checked(count), dtype=torch.int64)
+        content = torch.zeros(_checked(count), dtype=torch.int64, device="cpu")
         if len(content):
             dist.recv(content, source, group)
     except RuntimeError as error:

@@ -65,14 +65,16 @@ def load_shard(
     """
     check_rank(rank, size)
     if size == 1:
-        whole = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype or "auto")
+        with torch.device("cpu"):
+            whole = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype or "auto")
         return whole.to(device).eval()
     folder = find_folder(name, revision)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = _without_memory(config, dtype)
     plan = make_plan(model, rank, size)
-    compute_buffers(model, torch.device(device))
-    with Checkpoint(folder, model.base_model_prefix) as checkpoint:
+    # transformers and safetensors make tensors on the default device, which may be "meta".
+    with torch.device("cpu"), Checkpoint(folder, model.base_model_prefix) as checkpoint:
+        compute_buffers(model, torch.device(device))
         _load(model, plan, checkpoint, torch.device(device))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

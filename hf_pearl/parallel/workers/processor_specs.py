@@ -116,6 +116,6 @@ def _decode_tensor(numbers: list[Any], shape: list[Any], dtype: torch.dtype) -> 
     if not all(type(number) in (bool, int, float) for number in numbers):
         raise MalformedRecordError("a tensor of other values than numbers")
     try:
-        return torch.tensor(numbers, dtype=dtype).reshape(shape)
+        return torch.tensor(numbers, dtype=dtype, device="cpu").reshape(shape)
     except (RuntimeError, ValueError, OverflowError, TypeError) as error:
         raise MalformedRecordError(f"a tensor that cannot be made: {error}") from error

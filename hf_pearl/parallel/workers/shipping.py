@@ -202,7 +202,7 @@ def _module_classes(model: torch.nn.Module) -> tuple[tuple[str, str], ...]:
 def _view(memory: mmap.mmap, place: Place) -> torch.Tensor:
     count = math.prod(place.shape)
     if not count:
-        return torch.empty(place.shape, dtype=place.dtype)
+        return torch.empty(place.shape, dtype=place.dtype, device="cpu")
     return torch.frombuffer(memory, dtype=place.dtype, count=count, offset=place.offset).view(place.shape)
 
 
