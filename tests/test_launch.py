@@ -270,6 +270,7 @@ def test_what_a_part_cannot_do_is_refused(launched: LaunchedPair, saved: Saved) 
         ({"device": "meta"}, ValueError, "`device` must name devices that compute, got 'meta'.*Give"),
         ({"device": "cuda:99"}, ValueError, "`device` asks for cuda:99, and this machine has .*Name a device"),
         ({"device": 7.0}, TypeError, r"`device` must name devices, got 7\.0.*Give"),
+        ({"draft": None, "draft_tp": 2}, ValueError, "`draft_tp` is 2, and there is no draft"),
         ({"target": None}, TypeError, "`target` must be a folder or a name on the Hub, got None"),
         ({"target": 5}, TypeError, "`target` must be a folder or a name on the Hub, got 5"),
         ({"draft": 5}, TypeError, "`draft` must be a folder or a name on the Hub, got 5"),

@@ -15,7 +15,7 @@ from ..parallel.ranks.wire import RankModel
 from ..parallel.ranks.world import in_world
 from .checks import check_model, check_sources, checked_device, checked_dtype, checked_folder
 from .launched_pair import LaunchedPair
-from .rank_checks import check_ranks, check_size
+from .rank_checks import check_ranks, check_sizes
 from .world_pair import WorldPair
 
 
@@ -65,8 +65,7 @@ def launch(
         A rank could not be started.
     """
     check_sources(target, draft)
-    check_size("target_tp", target_tp)
-    check_size("draft_tp", draft_tp)
+    check_sizes(target_tp, draft_tp, draft is not None)
     device = checked_device(device)
     dtype = checked_dtype(dtype, device)
     draft_ranks = 0 if draft is None else draft_tp

@@ -28,6 +28,14 @@ def check_size(argument: str, size: Any) -> None:
         )
 
 
+def check_sizes(target_tp: Any, draft_tp: Any, has_draft: bool) -> None:
+    """Raise `ValueError` for what are no numbers of ranks, or too many, or ranks of a draft that there is not."""
+    check_size("target_tp", target_tp)
+    check_size("draft_tp", draft_tp)
+    if draft_tp > 1 and not has_draft:
+        raise ValueError(f"`draft_tp` is {draft_tp}, and there is no draft. Give `draft` a folder or a name, too.")
+
+
 def check_ranks(device: torch.device, target_tp: int, draft_tp: int) -> None:
     """Raise unless there are as many ranks, or can be; `draft_tp` is 0 where there is no draft.
 
