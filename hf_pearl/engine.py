@@ -273,9 +273,10 @@ class PearlEngine:
     def _prepare_caches(self, target: PreTrainedModel, draft: PreTrainedModel | None, config: PearlConfig) -> None:
         """Make the caches that are missing, and clear those whose model has changed since the last call."""
         models = {"target": target} if draft is None else {"target": target, "draft": draft}
-        for model in models.values():
+        prints = {name: fingerprint(model, self._fingerprints.get(name)) for name, model in models.items()}
+        for name, model in models.items():
             check_supported(model)
-            assemble_ranks(model)
+            assemble_ranks(model, prints[name])
             check_computed(model)
         needs = [
             need
@@ -288,11 +289,10 @@ class PearlEngine:
             needs, config.cache_bytes, lambda device: self._share(device, list(models.values()))
         )
         for name, model in models.items():
-            cache, now = self.caches.get(name), fingerprint(model, self._fingerprints.get(name))
-            device = input_device(model)
-            made_for = device, num_blocks, config.eight_bit_cache
+            cache, now = self.caches.get(name), prints[name]
+            made_for = input_device(model), num_blocks, config.eight_bit_cache
             if cache is None or (cache.device, cache.pool.max_blocks, cache.eight_bit) != made_for:
-                self.caches[name] = new_cache(model, num_blocks, eight_bit=made_for[2], device=device)
+                self.caches[name] = new_cache(model, num_blocks, eight_bit=made_for[2], device=made_for[0])
             elif now != self._fingerprints.get(name):
                 cache.reset_pools()
                 self.learnt.forget_benefits()

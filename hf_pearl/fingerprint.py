@@ -41,7 +41,8 @@ def fingerprint(model: torch.nn.Module, last: Fingerprint | None = None) -> Fing
     Parameters
     ----------
     last : Fingerprint, optional
-        An earlier one: where no tensor has changed since then, it is found in a third of the time.
+        An earlier one. Where no tensor has changed since then, that part of it is given back: finding that and
+        comparing the two takes 40% less time than describing all anew.
     """
     _watch_optimizers()
     modules = all_modules(model)  # One walk: this is done before every call.

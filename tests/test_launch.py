@@ -382,17 +382,14 @@ def test_a_rank_that_cannot_start_says_why(saved: Saved, monkeypatch: pytest.Mon
 def test_a_rank_that_fails_as_it_starts_says_why(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its traceback, and at once: an interpreter with torch takes longer to come down than anybody waits."""
     monkeypatch.setattr(RankModel, "torch_dtype", torch.float64)  # Here only: the rank finds no such dtype.
-    monkeypatch.setattr("hf_pearl.launching.launch.RankModel", partial_rank_model)
+    other = "hf_pearl.launching.launch.RankModel"
+    monkeypatch.setattr(other, lambda name, dtype, *rest: RankModel(name, "no_such_dtype", *rest))
     with pytest.raises(PearlWorkerError, match=r"(?s)rank 1: exit code 1.*Traceback.*no_such_dtype"):
         hf_pearl.launch(saved.folders[0], target_tp=2)
 
 
-def partial_rank_model(name: str, dtype: str, *arguments: Any) -> RankModel:
-    return RankModel(name, "no_such_dtype", *arguments)
-
-
 def test_changes_that_the_other_ranks_cannot_know_are_refused(saved: Saved, tmp_path: Path) -> None:
-    """Of a part's weights or dtype, and of the files from which a rank would be started anew."""
+    """Of a part's weights, and of the files from which a rank would be started anew."""
     folder = tmp_path / "target"
     shutil.copytree(saved.folders[0], folder)
     with hf_pearl.launch(folder, target_tp=2, dtype=torch.float64) as pair:
@@ -402,6 +399,12 @@ def test_changes_that_the_other_ranks_cannot_know_are_refused(saved: Saved, tmp_
         with pytest.raises(PearlWorkerError, match=r"one of several parts.*has changed since.*`launch` that"):
             generate(pair, saved.inputs)
     with hf_pearl.launch(folder, target_tp=2, dtype=torch.float64) as pair:
+        os.kill(ranks_of(pair).process_ids[0], signal.SIGKILL)
+        wait_for(lambda: ranks_of(pair)._children[0].has_ended, "the end of a rank", 5.0)
+        (folder / "checkpoint-500").mkdir()  # What else lies there does not count.
+        with expected_warnings() as warnings:
+            generate(pair, saved.inputs)
+        assert len(warnings) == 1
         os.kill(ranks_of(pair).process_ids[0], signal.SIGKILL)
         wait_for(lambda: ranks_of(pair)._children[0].has_ended, "the end of a rank", 5.0)
         (folder / "config.json").touch()

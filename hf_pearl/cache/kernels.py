@@ -54,10 +54,9 @@ def store(key: torch.Tensor, value: torch.Tensor, pools: Pools, tables: StepTabl
 
 def move(pools: Sequence[torch.Tensor], source: Sequence[int], target: Sequence[int]) -> None:
     """`Kernels.move`, by one kernel for all pools of one shape, and one copy to the device."""
-    for first in range(0, len(source), MAX_MOVES):  # What is written to first is not read later.
-        slots = [*source[first : first + MAX_MOVES], *target[first : first + MAX_MOVES]]
-        for _, alike in groupby(sorted(pools, key=_layout), key=_layout):
-            _move(list(alike), slots)
+    for alike in (list(group) for _, group in groupby(sorted(pools, key=_layout), key=_layout)):
+        for first in range(0, len(source), MAX_MOVES):  # What is written to first is not read later.
+            _move(alike, [*source[first : first + MAX_MOVES], *target[first : first + MAX_MOVES]])
 
 
 def _layout(pool: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

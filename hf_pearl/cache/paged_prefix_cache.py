@@ -220,7 +220,7 @@ class PagedPrefixCache(BatchOfRows):
         self._shrink(sequence, -(-length // self.block_size))
 
     def keep(self, sequence: PagedSequence, num_first: int, places: Sequence[int]) -> None:
-        """Drop all but the first tokens and those at `places`, ascending, which move up: not over what others read."""
+        """Keep the first tokens and those at `places`, ascending, which move up; `ValueError` where others read."""
         end = num_first + len(places)
         moved = [(new, place) for new, place in enumerate(places, start=num_first) if new != place]
         if moved:

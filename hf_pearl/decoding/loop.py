@@ -164,8 +164,8 @@ class DecodingLoop:
         """Send the draft all that is verified and that it has not heard of: while it rested, it heard nothing."""
         if self.draft is None or self.schedule.is_resting:
             return
-        for request in self.requests:
-            while request.request_id in verdicts and request.num_told < len(request.verified):
+        for request in (each for each in self.requests if each.request_id in verdicts):
+            while request.num_told < len(request.verified):
                 new = tuple(request.verified[request.num_told :][:MAX_TOKENS_PER_VERDICT])
                 request.num_verdicts += 1
                 request.num_told += len(new)

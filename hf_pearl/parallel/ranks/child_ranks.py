@@ -28,13 +28,17 @@ START_SECONDS = 600.0
 PATIENCE_SECONDS = 0.5  # of an interrupt with a rank that does not come
 END_SECONDS = 0.7  # for a rank that was let go; then it is killed
 LOG_BYTES = 4000
+_READ_BY_RANKS = ("config.json", ".safetensors", ".safetensors.index.json")
 
 
 def _state_of_files(folder: str) -> list[tuple[str, int, int, int]]:
-    """What tells whether the files of a folder are still those that they were; empty where it is gone."""
+    """What tells whether a folder's weights and configuration are still those they were; empty where it is gone.
+
+    Whatever else comes to lie beside them, logs or checkpoints of a training run, says nothing.
+    """
     try:
         with os.scandir(folder) as entries:
-            found = [(entry.name, entry.stat()) for entry in entries]
+            found = [(each.name, each.stat()) for each in entries if each.name.endswith(_READ_BY_RANKS)]
     except OSError:
         return []
     return sorted((name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in found)

@@ -163,8 +163,13 @@ def turns(*models: torch.nn.Module | None) -> Iterator[None]:
         yield
 
 
-def assemble_ranks(model: torch.nn.Module) -> None:
+def assemble_ranks(model: torch.nn.Module, now: Fingerprint) -> None:
     """Have a model's other ranks there, started anew where they must be; takes as long as they take to start.
+
+    Parameters
+    ----------
+    now : Fingerprint
+        The model's.
 
     Raises
     ------
@@ -172,7 +177,7 @@ def assemble_ranks(model: torch.nn.Module) -> None:
         They cannot be started, or would compute with other weights than this rank.
     """
     leader, loaded = leader_of(model), _loaded.get(model)
-    if loaded is not None and fingerprint(model, loaded) != loaded:
+    if loaded is not None and now != loaded:
         raise PearlWorkerError(
             f"`{type(model).__name__}` is one of several parts of a launched model, and has changed since (weights, "
             "dtype, hooks, or autocast), of which the other ranks know nothing. Change the whole model, "
