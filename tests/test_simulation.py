@@ -209,6 +209,18 @@ def test_reading_the_prompts_takes_what_it_is_said_to_take() -> None:
     assert drafted.stats.target_seconds == drafted.seconds
 
 
+def test_the_forward_that_reads_a_prompt_verifies_nothing() -> None:
+    """A text that repeats itself could be looked up from the start, as it is where the prompt is cached."""
+    prompt, text = [1, 2, 3] * 4, [TracedGuess(True, 0.9, token_id=token_id) for token_id in [1, 2, 3] * 8]
+    cached = Costs(lambda _: 1.0, lambda _: 4.0)
+    first = simulate_run([text], cached, prompts=[prompt]).stats.target_timeline[0]
+    assert first.num_tokens > 1 and first.num_accepted > 0
+    read = replace(cached, target_prefill=10.0, draft_prefill=2.0)
+    first, second, *_ = simulate_run([text], read, prompts=[prompt]).stats.target_timeline
+    assert (first.num_tokens, first.num_accepted) == (len(prompt), 0)
+    assert second.num_accepted > 0
+
+
 def test_what_one_run_learns_the_next_one_knows() -> None:
     """The draft is always right and hardly ever sure: the first run has to find that out."""
     trace, costs = trace_of([True] * 200, 0.05), Costs(lambda _: 1.0, lambda _: 4.0)

@@ -57,7 +57,11 @@ def _token_ids(prompt_ids: Sequence[int], trace: Sequence[TracedGuess]) -> list[
 class RecordedLane:
     """A lane that computes nothing: it keeps the lengths of its sequences, and its logits say what traces say.
 
-    All of a prompt but its last token is in the cache from the beginning, so that prompts take no time.
+    Parameters
+    ----------
+    reads_prompts : bool
+        Whether it computes prompts, in one forward. Otherwise all of a prompt but its last token is in the cache from
+        the beginning.
     """
 
     num_warm_ups = 0
@@ -67,16 +71,18 @@ class RecordedLane:
         prompts: Sequence[Sequence[int]],
         traces: Sequence[Sequence[TracedGuess]],
         advance: Callable[[Sequence[Window]], None] = lambda windows: None,
+        reads_prompts: bool = False,
     ) -> None:
         self._token_ids = [_token_ids(*row) for row in zip(prompts, traces, strict=True)]
         self._vocab_size = 1 + max(max(token_ids) for token_ids in self._token_ids)
         self._lengths: dict[int, int] = {}
         self._advance = advance
+        self._reads_prompts = reads_prompts
 
     def admit(self, request_id: int, token_ids: Sequence[int], max_length: int) -> int:
         """Begin a sequence."""
-        self._lengths[request_id] = len(token_ids) - 1
-        return len(token_ids) - 1
+        self._lengths[request_id] = 0 if self._reads_prompts else len(token_ids) - 1
+        return self._lengths[request_id]
 
     def fork(self, request_id: int, new_id: int, length: int) -> None:
         """Begin a sequence with a part of another."""

@@ -31,7 +31,8 @@ class Costs:
     """Seconds of a draft step by the number of guesses in it, and of a target forward by the number of its tokens.
 
     The latter takes `contention` times as long beside a draft that does not rest. The first step and the first forward,
-    which read the prompts, take what `draft_prefill` and `target_prefill` say, or what others take: prompts are cached.
+    which read the prompts and verify nothing, take what `draft_prefill` and `target_prefill` say; without, prompts
+    are cached.
     """
 
     draft_step: Callable[[int], float]
@@ -232,13 +233,15 @@ def simulate_run(
 
     if draft_length is not None:
         free_running = draft_length == "auto" and overlap
-        models = RecordedLane(prompts, traces), RecordedProposer(prompts, traces)
+        lane = RecordedLane(prompts, traces, reads_prompts=costs.draft_prefill is not None)
+        models = lane, RecordedProposer(prompts, traces)
         drafter = TimedDrafter(costs, *models, learnt.calibration, free_running=free_running, max_width=max_width)
         draft = VirtualDraft(drafter, costs, clock, free_running)
     requests = _requests(prompts, max(len(trace) for trace in traces))
     lookup_chances = learnt.lookup_chances if overlap and has_tokens(traces) else None
     schedule = _schedule(requests, draft, draft_length, overlap, clock, benefits, learnt, lookup_chances)
-    stats = _run(requests, RecordedLane(prompts, traces, advance_target), draft, clock, schedule)
+    target = RecordedLane(prompts, traces, advance_target, reads_prompts=costs.target_prefill is not None)
+    stats = _run(requests, target, draft, clock, schedule)
     stats.target_seconds = sum(target_seconds)
     return SimulatedRun(clock.now, stats)
 
