@@ -28,6 +28,7 @@ from .decoding.proposal import Proposer
 from .decoding.rejection import RejectionSampler
 from .decoding.request import Request
 from .decoding.rules import Rules
+from .decoding.schedule import NoDraft
 from .decoding.stats import PearlStats
 from .decoding.verification import Verifier
 from .fingerprint import Fingerprint, fingerprint
@@ -107,13 +108,15 @@ class PearlEngine:
                 target_lane.ready(),
                 on_lane_stream(target_lane.device),
                 leaving_cores(num_threads(target)) as cores,
-                self._draft(target_lane, draft, requests, rules, config, stats, cores, interrupts) as runner,
+                self._draft(target, draft, requests, rules, config, stats, cores, interrupts) as (
+                    runner,
+                    schedule,
+                ),
                 interrupts.let_through(),
             ):
                 rejects = rules.do_sample and config.verification == "rejection"
                 sampler = RejectionSampler(requests, target_lane.device) if rejects else None
                 verifier = Verifier(requests, rules, target_lane.device, sampler)
-                schedule = self.learnt.schedule(runner, cores, config, requests)
                 loop = DecodingLoop(target_lane, requests, verifier, schedule, runner, stats)
                 loop.run()
                 if runner is not None:
@@ -184,7 +187,7 @@ class PearlEngine:
     @contextmanager
     def _draft(
         self,
-        target_lane: Lane,
+        target: PreTrainedModel,
         draft: PreTrainedModel | None,
         requests: Sequence[Request],
         rules: Rules,
@@ -192,23 +195,22 @@ class PearlEngine:
         stats: PearlStats,
         cores: SharedCores,
         interrupts: KeptInterrupts,
-    ) -> Iterator[Runner | None]:
-        """The draft lane of a call, with every request admitted; ended in whatever state it is."""
-        if draft is None:
-            yield None
+    ) -> Iterator[tuple[Runner | None, NoDraft]]:
+        """The draft lane of a call, with every request admitted, and its schedule; ended in whatever state it is."""
+        execution = None
+        if draft is not None:
+            num_blocks = self.caches["draft"].pool.max_blocks
+            execution = self.workers.choose(config, draft, self._fingerprints["draft"], num_blocks)
+        if draft is None or execution is None:
+            yield None, NoDraft()
             return
-        num_blocks = self.caches["draft"].pool.max_blocks
-        execution = self.workers.choose(config, draft, self._fingerprints["draft"], num_blocks)
-        if execution is None:
-            yield None
-            return
-        stats.execution = execution = for_hooks(execution, config, target_lane.model, draft)
-        vocab_size = output_vocab_size(target_lane.model)
+        stats.execution = execution = for_hooks(execution, config, target, draft)
         cores.leave(self.workers.worker.num_cores if execution == "processes" and self.workers.worker else 0)
-        runner = self._runner(execution, draft, vocab_size, rules, config, interrupts)
+        runner = self._runner(execution, draft, output_vocab_size(target), rules, config, interrupts)
         try:
+            schedule = self.learnt.schedule(runner, cores, config, requests)  # first: it may want the draft to rest
             self._admit(runner, draft, requests)
-            yield runner
+            yield runner, schedule
         finally:
             runner.abort()
             if isinstance(runner, ThreadDraft) and runner.error is not None:
@@ -285,9 +287,7 @@ class PearlEngine:
         ]
         for each in needs:
             choose_kernels(config.attention, each.held)  # Refused now, not in the first forward.
-        num_blocks = num_blocks_for(
-            needs, config.cache_bytes, lambda device: self._share(device, list(models.values()))
-        )
+        num_blocks = num_blocks_for(needs, config.cache_bytes, lambda device: self._share(device, [*models.values()]))
         for name, model in models.items():
             cache, now = self.caches.get(name), prints[name]
             made_for = input_device(model), num_blocks, config.eight_bit_cache

@@ -39,12 +39,8 @@ class Learnt:
         """Find out anew whether the draft pays: a model has changed."""
         self.benefits = {is_sampled: Benefits() for is_sampled in (False, True)}
 
-    def schedule(
-        self, runner: Runner | None, cores: SharedCores, config: PearlConfig, requests: Sequence[Request]
-    ) -> NoDraft:
-        """The schedule of a call."""
-        if runner is None:
-            return NoDraft()
+    def schedule(self, runner: Runner, cores: SharedCores, config: PearlConfig, requests: Sequence[Request]) -> NoDraft:
+        """The schedule of a call with a draft."""
         if config.draft_length != "auto":
             rejects = config.verification == "rejection" and requests[0].seed is not None
             lockstep = RejectionLockstep if rejects else Lockstep

@@ -145,6 +145,50 @@ def test_a_draft_that_pays_is_at_work(chance: float, contention: float, num_rows
     assert run.stats.undrafted_forwards < 0.05 * run.stats.target_forwards
 
 
+def test_a_number_of_rows_begins_with_what_is_known_of_the_nearest() -> None:
+    benefits = Benefits()
+    record(benefits.of(8), 1000, plain=1.0, drafted=0.5)
+    record(benefits.of(1), 1000, plain=0.5, drafted=1.0)
+    assert [benefits.of(num_rows).mode for num_rows in (2, 5, 40)] == ["plain", "drafted", "drafted"]
+    modes = record(benefits.of(2), 4 * MIN_PATIENCE, plain=1.0, drafted=0.5)
+    assert "drafted" not in modes[:MIN_PATIENCE]
+    assert set(modes[-MIN_PATIENCE:]) == {"drafted"}, "nobody looked whether it holds for this number"
+
+
+def test_what_is_not_decided_is_not_handed_on() -> None:
+    benefits = Benefits()
+    record(benefits.of(8), NUM_PLAIN, plain=1.0, drafted=1.0)
+    assert benefits.of(1).mode == "plain" and not benefits.of(1).rests
+    assert record(benefits.of(1), NUM_PLAIN + 1, plain=1.0, drafted=1.0)[-1] == "drafted"
+
+
+def test_catching_up_is_a_cost_of_the_contest() -> None:
+    """The draft is a little slower, and has much to read whenever it is its turn."""
+
+    def num_tries(reading: float) -> int:
+        benefit, last, tries = Benefit(), "plain", 0
+        for _ in range(20_000):
+            mode = benefit.mode
+            if (last, mode) == ("plain", "drafted"):
+                tries += 1
+                benefit.record_catching_up(1.0, 1.0 + reading)
+            last = mode
+            benefit.record(1.0, 1.0 if mode == "plain" else 1.02)
+        return tries
+
+    assert 0 < num_tries(reading=20.0) < num_tries(reading=0.0)
+
+
+def test_a_draft_that_is_not_wanted_does_not_read_the_prompts() -> None:
+    """Beside the target that would take it a core, and for nothing."""
+    benefits, text = Benefits(), trace(30, 0.1)
+    record(benefits.of(1), 200, plain=1.0, drafted=2.0)
+    steps = []
+    run = simulate_run([text], Costs(lambda num: steps.append(num) or STEP, lambda num: FORWARD), benefits=benefits)
+    assert run.stats.undrafted_forwards == run.stats.target_forwards
+    assert not steps
+
+
 def test_rows_that_wait_for_each_other_count_as_rows() -> None:
     """A user's processor sees slabs of equal length: rows that are ahead do not take part in every forward."""
     target = tiny_model("llama", seed=0)
@@ -191,6 +235,13 @@ def test_generate_says_once_that_it_goes_on_without_the_draft() -> None:
             assert output.pearl.undrafted_forwards == output.pearl.target_forwards
             assert output.pearl.draft_steps == 0
     assert len([text for text in warnings if "`assistant_model` does not make this model faster" in text]) == 1
+    worker = engine.workers.worker
+    assert worker is not None and worker.wait_until_ready(60.0)
+    for _ in range(8):  # It is awake now, and would begin at once.
+        output = target.generate(
+            **prompt, max_new_tokens=40, assistant_model=draft, pearl=True, return_dict_in_generate=True
+        )
+        assert output.pearl.draft_steps == 0
     forced = PearlConfig(execution="inline", seed=0)
     output = target.generate(
         **prompt, max_new_tokens=40, assistant_model=draft, pearl=forced, return_dict_in_generate=True

@@ -45,12 +45,21 @@ class Benefit:
         self._cycles: dict[Mode, deque[tuple[float, float]]] = {}  # tokens per row, seconds
         for mode in MODES:
             self._cycles[mode] = deque(maxlen=2 * NUM_CONTEST)
+        self._catching_up: list[tuple[float, float]] = []  # cycles of neither mode in a contest
         self._patience: float = MIN_PATIENCE
         self._age = 0  # cycles since the last contest
         self._champion: Mode = "drafted"
         self._is_contest = True
+        self._is_decided = False
         self.mode: Mode = "plain"
         self._left = NUM_PLAIN
+
+    def for_others(self) -> Benefit:
+        """One for calls of another kind, which begin with what has been found here."""
+        other = Benefit()
+        if self._is_decided:
+            other._begin_reign(self._champion)
+        return other
 
     @property
     def rests(self) -> bool:
@@ -92,6 +101,11 @@ class Benefit:
         else:
             self._turn(self._challenger if self.mode == self._champion else self._champion)
 
+    def record_catching_up(self, num_tokens: float, seconds: float) -> None:
+        """Learn from a cycle in which the draft read what had been decoded without it: it is a cost of a contest."""
+        if self._is_contest:
+            self._catching_up.append((num_tokens, seconds))
+
     @property
     def _challenger(self) -> Mode:
         return "plain" if self._champion == "drafted" else "drafted"
@@ -114,13 +128,18 @@ class Benefit:
         else:
             patience = 2 * self._patience
         self._patience = min(max(patience, self._cost / MAX_COST), MAX_PATIENCE)
+        self._begin_reign(self._champion)
+
+    def _begin_reign(self, champion: Mode) -> None:
+        self._champion, self._is_decided = champion, True
         self._is_contest, self._age = False, 0
-        self.mode, self._left = self._champion, NUM_CLEAR
+        self.mode, self._left = champion, NUM_CLEAR
 
     @property
     def _cost(self) -> float:
-        """How much longer the other mode took in the contest than the one in use would have, in cycles of that one."""
-        tried, typical, rate = self._typical(self._challenger), self._typical(self._champion), self.rate(self._champion)
+        """How much longer the contest took than the mode in use would have, in cycles of that one."""
+        tried = self._typical(self._challenger) + self._catching_up
+        typical, rate = self._typical(self._champion), self.rate(self._champion)
         if not tried or not rate:
             return 0.0
         lost = sum(seconds - tokens / rate for tokens, seconds in tried)
@@ -131,7 +150,7 @@ class Benefit:
         self._left = NUM_CLEAR
         if self._is_clear or self._age > self._patience:
             self._is_contest = True
-            for cycles in self._cycles.values():
+            for cycles in (*self._cycles.values(), self._catching_up):
                 cycles.clear()
             self._turn(self._challenger)
 
@@ -167,8 +186,16 @@ class Benefits:
         self._by_rows: dict[int, Benefit] = {}
 
     def of(self, num_rows: int) -> Benefit:
-        """The one for `num_rows` rows."""
-        return self._by_rows.setdefault(num_rows.bit_length(), Benefit())
+        """The one for `num_rows` rows; a new one begins with what is known of the number of rows that is nearest.
+
+        A batch whose rows end one after the other has few cycles of each number: a contest in all of them would cost
+        more than it finds.
+        """
+        size = num_rows.bit_length()
+        if size not in self._by_rows:
+            nearest = min(self._by_rows, key=lambda known: abs(known - size), default=None)
+            self._by_rows[size] = Benefit() if nearest is None else self._by_rows[nearest].for_others()
+        return self._by_rows[size]
 
     @property
     def all(self) -> list[Benefit]:

@@ -16,6 +16,8 @@ PATIENCE = 64  # forwards after which a draft counts although nothing was heard 
 class WhilePays(NoDraft):
     """Lets the draft rest until it is ready, while decoding without it is measured, and where that is faster.
 
+    It has to be made before the draft hears of the requests, so that it can keep the draft from beginning with them.
+
     Parameters
     ----------
     call : sequence of Request
@@ -55,6 +57,7 @@ class WhilePays(NoDraft):
         self._began = 0.0
         self._is_first = True
         self._leaves_cores: bool | None = None
+        draft.rest(True)  # A draft that is not wanted does not read the prompts: that would slow the target's reading.
 
     def before_forward(self, requests: Sequence[Request]) -> dict[int, Guesses]:
         """The guesses of every request that the coming forward verifies; those looked up while the draft rests."""
@@ -100,3 +103,5 @@ class WhilePays(NoDraft):
         # A draft that is starting slows the target down: what that decodes meanwhile says nothing of either mode.
         if is_of_mode and (self._draft.is_ready if self.is_resting else self._has_caught_up):
             self._benefit.record(num_verified / self._num_rows, self._clock() - self._began)
+        elif is_of_mode and not self.is_resting:
+            self._benefit.record_catching_up(num_verified / self._num_rows, self._clock() - self._began)
