@@ -193,7 +193,7 @@ def pretended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 )
 def test_on_two_pretended_devices(check: str, pretended: dict[str, str]) -> None:
     """What the checks promise is said in `pretend_devices.py`."""
-    assert pretended[check] == ""
+    assert not pretended[check], pretended[check][-1500:]
 
 
 def test_layers_are_spread_evenly_and_not_divided(seed: int) -> None:
