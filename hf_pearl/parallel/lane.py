@@ -70,13 +70,14 @@ class ModelLane:
         self.prefix_cache, self.cache_salt = prefix_cache, cache_salt
         self.graphs, self.name = graphs, name
         self.device = input_device(model)
-        self._is_spread = len(computing_devices(model)) > 1
         self.vocab_size = model.get_input_embeddings().num_embeddings
         self._sequences: dict[int, PagedSequence] = {}
         self._with_nan: set[int] = set()  # Masked attention spreads a NaN to tokens before it: nobody may find those.
         self._nan_on_device: torch.Tensor | None = None  # the same of all sequences of the call, where asking waits
         self._no_mask = torch.zeros(1, 1, 1, 1, device="cpu")
         self._may_use_inference_mode = may_use_inference_mode(model)
+        # One that may has no hooks that could spread it.
+        self._is_spread = not self._may_use_inference_mode and len(computing_devices(model)) > 1
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @contextmanager
