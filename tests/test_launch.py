@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -677,6 +679,12 @@ def test_a_forked_child_is_refused_the_ranks_of_its_parent_also_during_a_call(
     assert generate(launched, saved.inputs).sequences.tolist() == before
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_pair_is_not_copied(copied: Callable[[Any], Any], launched: LaunchedPair) -> None:
+    with pytest.raises(TypeError, match=r"not copied or pickled.*`launch`"):
+        copied(launched)
+
+
 def test_ranks_start_where_the_standard_streams_are_closed(saved: Saved, tmp_path: Path) -> None:
     """What is opened then has the numbers that a rank's own streams were written over."""
 
@@ -792,8 +800,22 @@ def test_ranks_do_not_outlive_a_killed_process(
     wait_for(lambda: all(is_gone(each.pid) for each in ranks), "the end of the ranks", 5.0)
 
 
+IN_A_FORK = """
+child = os.fork()
+if not child:
+    try:
+        pair.generate(**inputs)
+    except hf_pearl.PearlWorkerError as error:
+        pair.close()
+        os._exit(41 if "fork" in str(error) else 42)
+    os._exit(43)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 41, "a fork is no rank"
+pair.close()
+"""
+
+
 def torchrun(saved: Saved, sizes: tuple[int, int], folder: Path, launcher: list[str]) -> dict[str, Any]:
-    (folder / "script.py").write_text(script(saved, folder, *sizes))
+    (folder / "script.py").write_text(script(saved, folder, *sizes, end=IN_A_FORK))
     return run([*launcher, str(folder / "script.py")], folder, cwd=folder)
 
 

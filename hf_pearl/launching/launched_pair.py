@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
@@ -65,6 +65,12 @@ class LaunchedPair:
             if model is not None:
                 release(model)
                 close_ranks(model)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a launched pair is not copied or pickled: its processes serve one owner. Where another one is needed, "
+            "call `launch` there, with the same arguments."
+        )
 
     def __enter__(self) -> LaunchedPair:
         self._check_open()

@@ -42,6 +42,7 @@ class WorldPair(LaunchedPair):
         self._device, self._num_threads = _own_device(device), target.num_threads
         if self._device.type == "cuda":  # NCCL and whoever says "cuda" mean the current one.
             torch.cuda.set_device(self._device)
+        self._owner = os.getpid()
         self._owns_world = not dist.is_initialized()
         if self._owns_world:
             dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
@@ -94,6 +95,14 @@ class WorldPair(LaunchedPair):
         self._leave = ranks.leave
         return part
 
+    def _check_open(self) -> None:
+        super()._check_open()
+        if self._owner != os.getpid():
+            raise PearlWorkerError(
+                f"this pair belongs to process {self._owner}, of which this one is a fork: a fork is no rank. Call "
+                "`generate` there."
+            )
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`target.generate` on every rank; all call it with the same arguments, and get rank 0's output.
 
@@ -103,10 +112,11 @@ class WorldPair(LaunchedPair):
         ------
         PearlWorkerError
             On ranks other than 0: `generate` failed on rank 0, or that has given this draft up. A rank that ends is the
-            launcher's affair, who ends all.
+            launcher's affair, who ends all. Or the pair has been closed, or belongs to the process that this was forked
+            from.
         """
+        self._check_open()
         if dist.get_rank() != 0:
-            self._check_open()
             with leaving_cores(self._num_threads):
                 self._serve()
             self._leave()
@@ -134,7 +144,6 @@ class WorldPair(LaunchedPair):
                 logger.warning(self._link.why_it_ended())
 
     def _lead(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_open()
         if self._link is not None:
             self._link.open()
         try:
@@ -145,7 +154,12 @@ class WorldPair(LaunchedPair):
                 self._link.close()
 
     def close(self) -> None:
-        """Give everything back; all ranks call it, as it ends the process group if `launch` has begun it."""
+        """Give everything back; all ranks call it, as it ends the process group if `launch` has begun it.
+
+        In a fork of a rank there is nothing to give back.
+        """
+        if self._owner != os.getpid():
+            return
         super().close()
         if self._link is not None:
             self._link.end()
