@@ -40,6 +40,7 @@ from hf_pearl.decoding.benefit import Benefit, Benefits
 from hf_pearl.decoding.calibration import Calibration
 from hf_pearl.decoding.draft_tree import Candidate, DraftTree
 from hf_pearl.decoding.drafting import Drafter
+from hf_pearl.decoding.guesses import Guesses
 from hf_pearl.decoding.lines import Line, likeliest_line
 from hf_pearl.decoding.lookup import LookupChances
 from hf_pearl.decoding.loop import DecodingLoop
@@ -244,6 +245,7 @@ def draw_case(chance: random.Random, pair: Pair, samples: bool) -> Case:
         prefix[: chance.randint(0, 10)] + [chance.randrange(1, VOCAB_SIZE) for _ in range(chance.randint(1, 12))]
         for _ in range(chance.choice((1, 2, 2, 4)))
     ]
+    rows += rows[: chance.choice((0, 0, 0, 1))]  # as for `num_return_sequences`: one is computed, the others are forked
     processors = chance.choice(([], [], [lambda: RepetitionPenaltyLogitsProcessor(1.3)], [CountingProcessor]))
     case = Case(rows, chance.choice((1, 2, 8, 12, 22)), processors)
     if samples:
@@ -380,7 +382,7 @@ def run_fuzz(seed: int, samples: bool, num_cases: int, patch: pytest.MonkeyPatch
         case = draw_case(random.Random(f"{seed} {index}"), pairs[which], samples)
         if case.num_new >= 8 and case.eos_token_id is None:
             num_long += 1
-            num_varied += is_varied(torch.tensor(case.expected))
+            num_varied += is_varied(torch.tensor([list(row) for row in set(map(tuple, case.expected))]))
         for run in range(RUNS_PER_CASE):
             chance = random.Random(f"{seed} {index} {run}")
             patch.setattr(loop, "MAX_TOKENS_PER_FORWARD", chance.choice((4096, 4096, 3, 7, 13)))
@@ -414,6 +416,40 @@ def test_five_thousand_interleavings_give_the_same_tokens(
     part: int, samples: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_fuzz(seed, samples, -(-500 // RUNS_PER_CASE), monkeypatch)
+
+
+class SecondIsRight(NoDraft):
+    """Guesses two tokens for the next place of every row, of which the second is what the target chooses."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    def before_forward(self, requests: Sequence[Request]) -> dict[int, Guesses]:
+        guesses = {}
+        for request in requests:
+            right = self.case.expected[request.request_id][len(request.generated)]
+            wrong = (right + 1) % VOCAB_SIZE
+            guesses[request.request_id] = Guesses((wrong, right), (-1, -1), (0.5, 0.4), (False, False))
+        return guesses
+
+
+def test_what_stands_of_a_tree_may_move_where_equal_prompts_begin(seed: int) -> None:
+    """All of a prompt but its last token is cached: its first forward could verify guesses, and others wait for it."""
+    target = tiny_model("llama", 0, num_hidden_layers=1)
+    pair = Pair(target, make_draft(target, "same", 0))
+    chance = random.Random(seed)
+    row = [chance.randrange(1, VOCAB_SIZE) for _ in range(2 * BLOCK_SIZE + 2)]
+    case = Case([row, row], 8, [])
+    case.expected = case.generate(target)
+    for is_warm in (False, True):
+        requests, stats = case.requests(), PearlStats()
+        lane = ModelLane(target, pair.caches[0])
+        with lane.ready():
+            verifier = Verifier(requests, case.rules(), lane.device)
+            DecodingLoop(lane, requests, verifier, SecondIsRight(case), None, stats).run()
+        assert [request.generated for request in requests] == case.expected
+        assert stats.accepted_tokens > 4 and (stats.prefilled_tokens == 1) == is_warm, stats
+        pair.assert_nothing_held()
 
 
 tokens = st.lists(st.integers(0, 2), max_size=6)

@@ -127,7 +127,8 @@ class DecodingLoop:
             request_id = request.request_id
             length = self.target.length(request_id)
             new = request.verified[length:]
-            guess = guesses.get(request_id, Guesses()).first(max(0, budget - 1)) if len(new) == 1 else Guesses()
+            may_guess = len(new) == 1 and not self.scheduler.is_awaited(request)
+            guess = guesses.get(request_id, Guesses()).first(max(0, budget - 1)) if may_guess else Guesses()
             is_decode = is_decode and len(new) == 1
             if len(new) + len(guess) > budget:
                 if budget:  # A long prompt is computed in pieces; its logits come with the last one.

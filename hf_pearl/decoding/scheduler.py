@@ -47,6 +47,10 @@ class Scheduler:
         """The requests that a forward could serve now."""
         return [request for request in self.resident.values() if not request.pending]
 
+    def is_awaited(self, request: Request) -> bool:
+        """Whether others wait for its prompt, to begin in the blocks that it ends in: nothing may move there then."""
+        return request.request_id in self._followers
+
     def fork_followers(self, leader: Request) -> list[Request]:
         """The requests with the prompt of `leader`, which has just been computed: now they are there too."""
         followers = self._followers.pop(leader.request_id, [])
