@@ -397,7 +397,7 @@ def run_fuzz(seed: int, samples: bool, num_cases: int, patch: pytest.MonkeyPatch
                     total.judge(place, each < stood)
     assert num_varied >= 0.7 * num_long > 0
     assert 0.2 < total.acceptance_rate < 0.95
-    assert sum(total.judged_at[4:]) > 20, total.judged_at
+    assert sum(total.judged_at[4:]) > 5, total.judged_at
     assert total.preemptions > 20
     assert InterleavedLane.num_trees > 20
 
