@@ -13,7 +13,7 @@ from .decoding.lookup import LookupChances
 from .decoding.policy import Pace
 from .decoding.rejection_schedule import RejectionLockstep
 from .decoding.request import Request
-from .decoding.schedule import FreeRunning, Lockstep, NoDraft
+from .decoding.schedule import Choices, FreeRunning, Lockstep, NoDraft
 from .decoding.while_pays import WhilePays
 from .parallel.cores import SharedCores
 from .parallel.inline import InlineDraft
@@ -48,7 +48,8 @@ class Learnt:
         # Without overlap it is the ordinary kind of speculative decoding.
         lookup_chances = self.lookup_chances if config.overlap and config.looks_up else None
         pace = self.paces[requests[0].seed is not None]
-        drafting = FreeRunning(runner, pace, config.overlap, lookup_chances, config.verifies_tree)
+        choices = Choices(config.verifies_tree, config.waits, config.weighs_rows)
+        drafting = FreeRunning(runner, pace, config.overlap, lookup_chances, choices)
         if config.execution != "auto" or not config.overlap:  # Whoever says how the draft runs wants it to run.
             return drafting
         num_left, benefits = cores.num_left, self.benefits[requests[0].seed is not None]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hf_pearl.decoding.policy import Cycles
+from hf_pearl.decoding.policy import Cycles, Pace
 from hf_pearl.decoding.request import Request
 from hf_pearl.decoding.row_worth import row_worths
+from hf_pearl.decoding.schedule import Choices, FreeRunning
 
 MAX_LENGTH = 101
 
@@ -43,6 +44,15 @@ def test_a_row_that_is_behind_counts_more_and_all_count_one_on_average(lengths: 
 def test_a_lead_counts_less_where_rows_advance_by_leaps() -> None:
     steady, leaping = (row_worths(rows(30, 50), cycles(7.0, 0.3, num))[0] for num in (2, 9))
     assert 1.0 < leaping < steady
+
+
+@pytest.mark.parametrize("weighs_rows", [True, False])
+def test_a_schedule_may_leave_it_out(weighs_rows: bool) -> None:
+    pace, requests = Pace(), rows(1, 90)
+    pace._cycles[(2).bit_length()] = cycles(7.0, 0.3)
+    schedule = FreeRunning(None, pace, choices=Choices(weighs_rows=weighs_rows))  # type: ignore[arg-type]
+    schedule._begin(requests, pace)
+    assert (schedule._worths[0] == schedule._worths[1] == 1.0) == (not weighs_rows)
 
 
 @pytest.mark.parametrize("known", [Cycles(), cycles(0.0, 0.0)], ids=["nothing is known", "nothing takes time"])

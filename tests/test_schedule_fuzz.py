@@ -51,7 +51,7 @@ from hf_pearl.decoding.processors import draft_processors
 from hf_pearl.decoding.proposal import Proposer
 from hf_pearl.decoding.request import Request
 from hf_pearl.decoding.rules import Rules
-from hf_pearl.decoding.schedule import FreeRunning, Lockstep, NoDraft
+from hf_pearl.decoding.schedule import Choices, FreeRunning, Lockstep, NoDraft
 from hf_pearl.decoding.stats import PearlStats
 from hf_pearl.decoding.verification import Verifier
 from hf_pearl.decoding.while_pays import WhilePays
@@ -319,8 +319,9 @@ def draw_schedule(requests: Sequence[Request], draft: ArbitraryDraft, chance: ra
     for _ in range(chance.choice((0, 3))):
         pace.record_cycle(len(requests), chance.randint(1, 9), chance.randint(1, 9), chance.random(), 0.0)
         pace.record_wait(chance.random(), chance.random(), chance.random())
-    lookup_chances, verifies_tree = chance.choice((None, LookupChances())), chance.random() < 0.8
-    free_running = FreeRunning(draft, pace, overlap, lookup_chances, verifies_tree)
+    lookup_chances = chance.choice((None, LookupChances()))
+    choices = Choices(*(chance.random() < 0.8 for _ in range(3)))
+    free_running = FreeRunning(draft, pace, overlap, lookup_chances, choices)
     if chance.random() < 0.5:
         return free_running
     return WhilePays(

@@ -5,16 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import enabled_for_tiny_models
 
+from hf_pearl.decoding import simulation
 from hf_pearl.decoding.calibration import NUM_BINS, Calibration
 from hf_pearl.decoding.policy import ForwardTimes, Pace
 from hf_pearl.decoding.recorded import TracedGuess
-from hf_pearl.decoding.simulation import Costs, Learnt, simulate_run
+from hf_pearl.decoding.schedule import Choices, FreeRunning
+from hf_pearl.decoding.simulation import Costs, Learnt, VirtualDraft, simulate_run
 from hf_pearl.decoding.stats import Interval, overlap
 
 FORWARD, STEP = 5.0, 1.0
@@ -219,6 +222,21 @@ def test_the_forward_that_reads_a_prompt_verifies_nothing() -> None:
     first, second, *_ = simulate_run([text], read, prompts=[prompt]).stats.target_timeline
     assert (first.num_tokens, first.num_accepted) == (len(prompt), 0)
     assert second.num_accepted > 0
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_target_that_never_waits_does_not(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft that is always right and quick is worth a wait, unless nobody may."""
+    waited, wait = [], VirtualDraft.wait
+
+    def watch(draft: VirtualDraft, num_steps: int, timeout: float) -> bool:
+        waited.append(num_steps)
+        return wait(draft, num_steps, timeout)
+
+    monkeypatch.setattr(VirtualDraft, "wait", watch)
+    monkeypatch.setattr(simulation, "FreeRunning", partial(FreeRunning, choices=Choices(waits=waits)))
+    simulate_run([trace_of([True] * 200)], Costs(lambda _: 1.0, lambda _: 4.0))
+    assert bool(waited) == waits
 
 
 def test_what_one_run_learns_the_next_one_knows() -> None:

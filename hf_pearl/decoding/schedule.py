@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -125,6 +125,27 @@ class Lockstep(NoDraft):
             self.draft.wait(self._granted, STEP_TIMEOUT)
 
 
+class Choices(NamedTuple):
+    """What the free-running schedule may do; what each gives is measured by leaving it out.
+
+    Attributes
+    ----------
+    verifies_tree : bool
+        Whether a forward may verify several lines of a request.
+    waits : bool
+        Whether a forward is held back for a draft step where that pays.
+    weighs_rows : bool
+        Whether a token counts by how much it shortens the call (`row_worth`), or all alike.
+    """
+
+    verifies_tree: bool = True
+    waits: bool = True
+    weighs_rows: bool = True
+
+
+ALL_CHOICES = Choices()
+
+
 class FreeRunning(NoDraft):
     """No barrier: the target takes what is there when it becomes free, or waits for more when that pays.
 
@@ -135,8 +156,8 @@ class FreeRunning(NoDraft):
     ----------
     lookup_chances : LookupChances, optional
         What is known of guesses that are looked up in the text so far; without it there are none.
-    verifies_tree : bool
-        Whether a forward may verify several lines of a request.
+    choices : Choices
+        What it may do.
     clock : callable
         Seconds.
     """
@@ -147,13 +168,14 @@ class FreeRunning(NoDraft):
         pace: Pace,
         overlap: bool = True,
         lookup_chances: LookupChances | None = None,
-        verifies_tree: bool = True,
+        choices: Choices = ALL_CHOICES,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.draft = draft
         self.pace = self._pace = pace
         self.overlap = overlap
-        self._lines = Lines(lookup_chances, verifies_tree)
+        self._choices = choices
+        self._lines = Lines(lookup_chances, choices.verifies_tree)
         self._clock = clock
         self._num_rows = 1
         self._worths: dict[int, float] = {}
@@ -196,7 +218,10 @@ class FreeRunning(NoDraft):
     def _begin(self, requests: Sequence[Request], pace: Pace) -> float:
         """Begin a cycle at a pace; return the chance from which a guess is worth verifying."""
         self._pace, self._num_rows, self.waited_seconds = pace, max(1, len(requests)), 0.0
-        self._worths = row_worths(requests, pace.cycles(self._num_rows))
+        if self._choices.weighs_rows:
+            self._worths = row_worths(requests, pace.cycles(self._num_rows))
+        else:
+            self._worths = dict.fromkeys((request.request_id for request in requests), 1.0)
         for request in requests:
             self._lines.settle(request)
         return pace.worth_verifying_above(self._num_rows)
@@ -216,6 +241,8 @@ class FreeRunning(NoDraft):
         return proposals
 
     def _wait_pays(self, hoped: float) -> bool:
+        if not self._choices.waits and self.overlap:
+            return False
         step_seconds = self.draft.step_seconds
         if not step_seconds:  # A lane of its own has not started, or not yet made a step: it is not waited for.
             return hoped > 0.0 and not (self.draft.concurrent and self.overlap)
