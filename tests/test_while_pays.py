@@ -126,6 +126,22 @@ def test_what_is_easy_to_guess_decides_nothing(fastest: str, seconds: float) -> 
     assert modes.count(fastest) > 0.9 * len(modes)
 
 
+def test_chance_does_not_keep_a_draft_that_costs_a_little() -> None:
+    """Cycles with a draft yield 1.1 tokens and take 1.2 times as long: 8% slower, and single ones vary by far more.
+
+    Of 200 fixed seeds 178 must have found it out after 300 cycles: 190 do; 154 did when 24 unclear cycles were enough.
+    """
+    num_found = 0
+    for seed in range(200):
+        benefit, dice = Benefit(), random.Random(seed)
+        for _ in range(300):
+            is_plain = benefit.mode == "plain"
+            num_tokens = 1.0 if is_plain else sum(dice.choice((1.0,) * 9 + (2.0,)) for _ in range(4)) / 4
+            benefit.record(num_tokens, (1.0 if is_plain else 1.2) * dice.uniform(0.5, 1.6))
+        num_found += benefit.rests
+    assert num_found >= 178, num_found
+
+
 @pytest.mark.parametrize(("chance", "contention"), [(0.0, 1.3), (0.05, 1.5), (0.3, 1.8)])
 def test_the_whole_is_not_slower_than_plain_decoding(chance: float, contention: float) -> None:
     length = 6000

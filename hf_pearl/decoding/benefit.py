@@ -32,8 +32,8 @@ class Benefit:
 
     The mode in use is left for the other one if that has won a contest. In a contest the two take turns every few
     cycles, so that both decode the same text: how much of it can be guessed differs more between texts than between
-    modes. It ends as soon as one is clearly ahead, or is not behind for long. The first contest begins with the first
-    cycle, without the draft.
+    modes. It ends as soon as one is clearly ahead, or after so many cycles that it hardly matters which. The first one
+    begins with the first cycle, without the draft.
 
     Attributes
     ----------
@@ -116,7 +116,8 @@ class Benefit:
     def _is_over(self) -> bool:
         if self.rate(self._challenger) < FAR_BEHIND * self.rate(self._champion):
             return True
-        return self._is_clear or self._num_cycles >= (NUM_CONTEST if self._lead > 0.0 else NUM_CLEAR)
+        # Where neither is clear the two are nearly alike, and to go on costs little.
+        return self._is_clear or self._is_clearly_behind or self._num_cycles >= NUM_CONTEST
 
     @property
     def _num_cycles(self) -> int:
@@ -162,8 +163,18 @@ class Benefit:
 
     @property
     def _is_clear(self) -> bool:
-        error = math.hypot(self._error("plain"), self._error("drafted"))
-        return self._lead > CLEAR * error and self._num_cycles >= NUM_CLEAR
+        """Whether the other mode is ahead by more than chance gives."""
+        return self._lead > self._uncertainty
+
+    @property
+    def _is_clearly_behind(self) -> bool:
+        return -self._lead > self._uncertainty
+
+    @property
+    def _uncertainty(self) -> float:
+        if self._num_cycles < NUM_CLEAR:
+            return math.inf
+        return CLEAR * math.hypot(self._error("plain"), self._error("drafted"))
 
 
 def _rate(cycles: Sequence[tuple[float, float]]) -> float:
