@@ -101,7 +101,10 @@ class WhilePays(NoDraft):
         self._drafting.learn(num_tokens, seconds, num_verified)
         is_of_mode = (self._benefit.mode == "plain") == self.is_resting
         # A draft that is starting slows the target down: what that decodes meanwhile says nothing of either mode.
-        if is_of_mode and (self._draft.is_ready if self.is_resting else self._has_caught_up):
-            self._benefit.record(num_verified / self._num_rows, self._clock() - self._began)
-        elif is_of_mode and not self.is_resting:
-            self._benefit.record_catching_up(num_verified / self._num_rows, self._clock() - self._began)
+        if not is_of_mode:
+            return
+        cycle = num_verified / self._num_rows, self._clock() - self._began
+        if self._draft.is_ready if self.is_resting else self._has_caught_up:
+            self._benefit.record(*cycle)
+        elif not self.is_resting:
+            self._benefit.record_catching_up(*cycle)
