@@ -93,14 +93,12 @@ class PearlConfig:
     target_devices: Devices = "auto"
 
     # No settings: guesses that a draft step computes at most, whether some are looked up in the text so far, whether a
-    # target forward may verify several lines of a request, whether it waits for the draft where that pays, whether a
-    # token counts by how much it shortens the call, and whether small forwards are captured in CUDA graphs. What these
-    # give is measured on subclasses.
+    # target forward may verify several lines of a request, whether it waits for the draft where that pays, and whether
+    # small forwards are captured in CUDA graphs. What these give is measured on subclasses.
     max_draft_width: ClassVar[int] = MAX_WIDTH
     looks_up: ClassVar[bool] = True
     verifies_tree: ClassVar[bool] = True
     waits: ClassVar[bool] = True
-    weighs_rows: ClassVar[bool] = True
     captures: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

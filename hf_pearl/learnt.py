@@ -48,7 +48,7 @@ class Learnt:
         # Without overlap it is the ordinary kind of speculative decoding.
         lookup_chances = self.lookup_chances if config.overlap and config.looks_up else None
         pace = self.paces[requests[0].seed is not None]
-        choices = Choices(config.verifies_tree, config.waits, config.weighs_rows)
+        choices = Choices(config.verifies_tree, config.waits)
         drafting = FreeRunning(runner, pace, config.overlap, lookup_chances, choices)
         if config.execution != "auto" or not config.overlap:  # Whoever says how the draft runs wants it to run.
             return drafting

@@ -320,7 +320,7 @@ def draw_schedule(requests: Sequence[Request], draft: ArbitraryDraft, chance: ra
         pace.record_cycle(len(requests), chance.randint(1, 9), chance.randint(1, 9), chance.random(), 0.0)
         pace.record_wait(chance.random(), chance.random(), chance.random())
     lookup_chances = chance.choice((None, LookupChances()))
-    choices = Choices(*(chance.random() < 0.8 for _ in range(3)))
+    choices = Choices(*(chance.random() < 0.8 for _ in range(2)))
     free_running = FreeRunning(draft, pace, overlap, lookup_chances, choices)
     if chance.random() < 0.5:
         return free_running

@@ -46,13 +46,6 @@ class NeverWaiting(PearlConfig):
 
 
 @dataclass(frozen=True)
-class RowsAlike(PearlConfig):
-    """The default to which a token of a row that ends early is worth as much as one of the row that ends last."""
-
-    weighs_rows: ClassVar[bool] = False
-
-
-@dataclass(frozen=True)
 class Setting:
     """One way to run a method.
 
@@ -171,11 +164,6 @@ BENCH = (
         "pearl, never waits",
         "the default whose target never waits for a draft step",
         _ours(NeverWaiting(prefix_cache=False), "auto"),
-    ),
-    Method(
-        "pearl, rows alike",
-        "the default without the worth of rows that end last",
-        _ours(RowsAlike(prefix_cache=False), "auto"),
     ),
     Method("pearl, in turns", "the default without overlap", _ours(SEQUENTIAL, "auto")),
     Method(

@@ -83,23 +83,17 @@ class Cycles:
 
     def __init__(self) -> None:
         self.times = ForwardTimes()
-        self._yield = Fading(3, CYCLE_MEMORY)  # tokens per row, seconds, cycles
+        self._yield = Fading(2, CYCLE_MEMORY)  # tokens per row, seconds
 
     def record(self, num_rows: int, num_verified: int, seconds: float) -> None:
         """Learn from one that gave all rows `num_verified` tokens, waiting included."""
         self._yield.fade()
-        self._yield.add(num_verified / num_rows, seconds, 1.0)
+        self._yield.add(num_verified / num_rows, seconds)
 
     def rate(self, num_rows: int) -> float:
         """Tokens per second of all rows; 0.0 while unknown."""
-        tokens, seconds, _ = self._yield.values
+        tokens, seconds = self._yield.values
         return num_rows * tokens / seconds if seconds > 0.0 else 0.0
-
-    @property
-    def tokens_per_row(self) -> float:
-        """Tokens of a row per cycle; 1.0 while unknown, and at least."""
-        tokens, _, cycles = self._yield.values
-        return max(1.0, tokens / cycles) if cycles else 1.0
 
 
 class Pace:

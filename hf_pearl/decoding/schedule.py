@@ -19,7 +19,6 @@ from .lookup import LookupChances
 from .messages import TokenTree
 from .policy import Pace
 from .request import Request
-from .row_worth import row_worths
 
 
 class DraftRunner(Protocol):
@@ -134,13 +133,10 @@ class Choices(NamedTuple):
         Whether a forward may verify several lines of a request.
     waits : bool
         Whether a forward is held back for a draft step where that pays.
-    weighs_rows : bool
-        Whether a token counts by how much it shortens the call (`row_worth`), or all alike.
     """
 
     verifies_tree: bool = True
     waits: bool = True
-    weighs_rows: bool = True
 
 
 ALL_CHOICES = Choices()
@@ -178,7 +174,6 @@ class FreeRunning(NoDraft):
         self._lines = Lines(lookup_chances, choices.verifies_tree)
         self._clock = clock
         self._num_rows = 1
-        self._worths: dict[int, float] = {}
 
     def before_forward(self, requests: Sequence[Request]) -> dict[int, Guesses]:
         """The draft tokens of every request that the coming forward verifies; waits for them where that pays."""
@@ -209,19 +204,12 @@ class FreeRunning(NoDraft):
 
     def without_draft(self, requests: Sequence[Request], pace: Pace) -> dict[int, Guesses]:
         """What can be looked up for every request, while the draft rests; `pace` is that of decoding meanwhile."""
-        least, worths = self._begin(requests, pace), self._worths
-        return {
-            each.request_id: self._lines.propose(each, None, least / worths[each.request_id]).guesses
-            for each in requests
-        }
+        least = self._begin(requests, pace)
+        return {each.request_id: self._lines.propose(each, None, least).guesses for each in requests}
 
     def _begin(self, requests: Sequence[Request], pace: Pace) -> float:
         """Begin a cycle at a pace; return the chance from which a guess is worth verifying."""
         self._pace, self._num_rows, self.waited_seconds = pace, max(1, len(requests)), 0.0
-        if self._choices.weighs_rows:
-            self._worths = row_worths(requests, pace.cycles(self._num_rows))
-        else:
-            self._worths = dict.fromkeys((request.request_id for request in requests), 1.0)
         for request in requests:
             self._lines.settle(request)
         return pace.worth_verifying_above(self._num_rows)
@@ -237,7 +225,7 @@ class FreeRunning(NoDraft):
             if known is not None and known[request_id].tree is tree:
                 proposals[request_id] = known[request_id]
             else:
-                proposals[request_id] = self._lines.propose(request, tree, least / self._worths[request_id])
+                proposals[request_id] = self._lines.propose(request, tree, least)
         return proposals
 
     def _wait_pays(self, hoped: float) -> bool:
@@ -258,16 +246,12 @@ class FreeRunning(NoDraft):
             if len(request.verified) > request.num_prompt_tokens and len(line.token_ids) < min(
                 request.room, self.draft.max_line
             ):
-                total += line.chance * self._worths[request.request_id]
+                total += line.chance
         return total
 
     def _surplus(self, proposals: dict[int, Proposal], least: float) -> float:
-        """How many tokens of average worth are expected of the guesses, less what verifying them costs."""
-        return sum(
-            chance * self._worths[request_id] - least
-            for request_id, proposal in proposals.items()
-            for chance in proposal.guesses.chances
-        )
+        """How many tokens are expected of the guesses, less what verifying them costs."""
+        return sum(chance - least for proposal in proposals.values() for chance in proposal.guesses.chances)
 
     def learn(self, num_tokens: int, seconds: float, num_verified: int) -> None:
         """Learn from a cycle: its forward over `num_tokens` tokens and all else that it took, waiting left out."""
