@@ -20,7 +20,7 @@ MODES: tuple[Mode, ...] = ("plain", "drafted")
 NUM_PLAIN, NUM_BLOCK = 6, 12  # cycles without, with a draft before it is the other mode's turn, in a contest
 MIN_GAIN = 1.01  # times as fast, or the draft rests
 NUM_CLEAR, CLEAR = 24, 2.0  # cycles of one from which a lead may be clear; standard errors by which it is
-FAR_BEHIND = 0.8  # times as fast, and the challenger has lost
+FAR_BEHIND = 0.8  # times as fast, and the challenger has lost, as soon as that is no chance
 NUM_CONTEST = 96  # cycles of one after which a lead counts that is not clear
 STRAY = 3.0  # times the median of its mode's cycles: one that takes longer says nothing of the mode
 MIN_PATIENCE, MAX_PATIENCE = 256, 16384  # cycles until a mode that was slower is tried again
@@ -114,7 +114,7 @@ class Benefit:
         self.mode, self._left = mode, NUM_PLAIN if mode == "plain" else NUM_BLOCK
 
     def _is_over(self) -> bool:
-        if self.rate(self._challenger) < FAR_BEHIND * self.rate(self._champion):
+        if self.rate(self._challenger) < FAR_BEHIND * self.rate(self._champion) and -self._lead > self._chance:
             return True
         # Where neither is clear the two are nearly alike, and to go on costs little.
         return self._is_clear or self._is_clearly_behind or self._num_cycles >= NUM_CONTEST
@@ -127,7 +127,7 @@ class Benefit:
         if self._is_clear or (self._lead > 0.0 and self._num_cycles >= NUM_CONTEST):
             self._champion, patience = self._challenger, float(MIN_PATIENCE)
         else:
-            patience = 2 * self._patience
+            patience = 2 * self._patience if self._is_clearly_behind or self._num_cycles < NUM_CONTEST else self._patience
         self._patience = min(max(patience, self._cost / MAX_COST), MAX_PATIENCE)
         self._begin_reign(self._champion)
 
@@ -172,8 +172,11 @@ class Benefit:
 
     @property
     def _uncertainty(self) -> float:
-        if self._num_cycles < NUM_CLEAR:
-            return math.inf
+        return self._chance if self._num_cycles >= NUM_CLEAR else math.inf
+
+    @property
+    def _chance(self) -> float:
+        """What chance may give, as far as the cycles so far can tell."""
         return CLEAR * math.hypot(self._error("plain"), self._error("drafted"))
 
 
