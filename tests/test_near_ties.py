@@ -49,17 +49,24 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 
 def read_prompts(num_prompts: int) -> list[str]:
-    """Held-out prompts, evenly spread."""
-    lines = PROMPTS.read_text("utf-8").splitlines()
-    step = max(1, len(lines) // num_prompts)
-    return [json.loads(line)["turns"][0] for line in lines[::step][:num_prompts]]
+    """Held-out prompts, evenly spread; where there are not as many, also their beginnings."""
+    texts = [json.loads(line)["turns"][0] for line in PROMPTS.read_text("utf-8").splitlines()]
+    num_cuts = -(-num_prompts // len(texts))
+    texts = [text[: len(text) * cut // num_cuts] for cut in range(1, num_cuts + 1) for text in texts]
+    step = max(1, len(texts) // num_prompts)
+    return texts[::step][:num_prompts]
 
 
 def generate(target: PreTrainedModel, ids: torch.Tensor, num_tokens: int, **options: object) -> list[int]:
-    """Greedy tokens after `ids`."""
+    """Tokens after `ids`, greedy unless `options` say otherwise."""
     mask = torch.ones_like(ids)
-    output = target.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False, **options)
+    output = target.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, **({"do_sample": False} | options))
     return output[0, ids.shape[1] :].tolist()
+
+
+def sampling(temperature: float) -> dict[str, object]:
+    """Options of `generate`; transformers' own top-k would be on."""
+    return {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
 
 
 def references(dtype: torch.dtype, prompts: list[str]) -> list[list[int]]:
@@ -76,17 +83,18 @@ def references_on_two_cores(dtype: torch.dtype, prompts: list[str]) -> list[list
         return list(chain(*pool.map(references, [dtype] * 2, [prompts[:half], prompts[half:]])))
 
 
-def count_near_ties(pair: Pair, prompt: str, expected: list[int], config: PearlConfig) -> int:
+def count_near_ties(pair: Pair, prompt: str, expected: list[int], config: PearlConfig, temperature: float = 0.0) -> int:
     """Compare one prompt's tokens from difference to difference, each of which must be a near-tie."""
     target, draft, tokenizer = pair
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    num_near_ties = 0
+    options, num_near_ties = sampling(temperature), 0
     while expected:
-        got = generate(target, ids, len(expected), assistant_model=draft, pearl=config)
+        got = generate(target, ids, len(expected), assistant_model=draft, pearl=config, **options)
         place = first_difference(expected, got)
         if place is None:
             break
-        assert is_near_tie(target, ids, expected, got), f"{prompt[:40]!r}: token {place} differs by a wide margin"
+        is_tie = is_near_tie(target, ids, expected, got, temperature=temperature, call_seed=config.seed or 0)
+        assert is_tie, f"{prompt[:40]!r}: token {place} differs by a wide margin"
         num_near_ties += 1
         ids = torch.cat([ids, torch.tensor([expected[: place + 1]])], dim=1)
         expected = expected[place + 1 :]
@@ -101,6 +109,35 @@ def test_every_first_difference_is_a_near_tie(pair: Pair) -> None:
     expected = references_on_two_cores(pair[0].dtype, prompts)
     near_ties = [count_near_ties(pair, *each, PearlConfig()) for each in zip(prompts, expected, strict=True)]
     assert sum(near_ties) < num_prompts * NUM_TOKENS // 20, "too many for rounding to be the reason"
+
+
+NUM_ALL, NUM_PARTS = 500, 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(NUM_PARTS))
+def test_every_first_difference_of_five_hundred_prompts_is_a_near_tie(part: int, pair: Pair) -> None:
+    """In either dtype, 200 tokens each."""
+    prompts = read_prompts(NUM_ALL)[part::NUM_PARTS]
+    assert len(prompts) == NUM_ALL // NUM_PARTS
+    expected = references_on_two_cores(pair[0].dtype, prompts)
+    near_ties = [count_near_ties(pair, *each, PearlConfig()) for each in zip(prompts, expected, strict=True)]
+    assert sum(near_ties) < len(prompts) * NUM_TOKENS // 20, "too many for rounding to be the reason"
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "part"), [(4, 0), *(pytest.param(100, part, marks=pytest.mark.slow) for part in range(NUM_PARTS))]
+)
+def test_every_first_difference_of_a_sampled_text_is_a_near_tie(num_prompts: int, part: int, pair: Pair) -> None:
+    """At temperature 0.7, against decoding without a draft: scores with the noise that both share are nearly equal."""
+    target, _, tokenizer = pair
+    config = PearlConfig(seed=part)
+    num_near_ties = 0
+    for prompt in read_prompts(num_prompts * NUM_PARTS)[part::NUM_PARTS]:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        expected = generate(target, ids, NUM_TOKENS, pearl=config, **sampling(0.7))
+        num_near_ties += count_near_ties(pair, prompt, expected, config, 0.7)
+    assert num_near_ties < num_prompts * NUM_TOKENS // 20, "too many for rounding to be the reason"
 
 
 @pytest.mark.parametrize("draft_length", [1, 8])

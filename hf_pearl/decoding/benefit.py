@@ -127,7 +127,8 @@ class Benefit:
         if self._is_clear or (self._lead > 0.0 and self._num_cycles >= NUM_CONTEST):
             self._champion, patience = self._challenger, float(MIN_PATIENCE)
         else:
-            patience = 2 * self._patience if self._is_clearly_behind or self._num_cycles < NUM_CONTEST else self._patience
+            is_known = self._is_clearly_behind or self._num_cycles < NUM_CONTEST
+            patience = self._patience * (2 if is_known else 1)
         self._patience = min(max(patience, self._cost / MAX_COST), MAX_PATIENCE)
         self._begin_reign(self._champion)
 
