@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from hf_pearl.cache.sizing import free_cuda_memory, main_memory
 from hf_pearl.decoding import noise
 from hf_pearl.pair import PROMPTS
 from hf_pearl.parallel.memory import CUDA_SHARE, cache_share
+from hf_pearl.parallel.workers.shipping import pack
 from hf_pearl.registry import engines_of
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.cuda)]
@@ -123,6 +125,30 @@ def test_greedy_tokens_are_those_of_generate(
     assert got.tolist() == expected.tolist()
     assert stats.execution == execution and stats.generated_tokens == batch_size * NUM_TOKENS
     assert_nothing_held(*pair)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="worker processes need Linux")
+def test_a_process_drafts_on_weights_that_lie_on_the_device(device: torch.device, seed: int) -> None:
+    """On a GPU they are mapped there: what the user changes in place, the worker has."""
+    target, draft = tiny_pair(device)
+    inputs = prompts(device, 2, seed)
+    expected = reference(target, inputs)
+    if device.type == "cuda":
+        assert pack(draft)[0].num_bytes == 64, "weights would be copied"
+    config = PearlConfig(execution="processes", draft_length=4)
+    options = {"do_sample": False, "max_new_tokens": NUM_TOKENS, "return_dict_in_generate": True}
+    rates = []
+    for _ in range(2):
+        output = target.generate(**inputs, **options, assistant_model=draft, pearl=config)
+        (worker,) = [engine.workers.worker for engine in engines_of(target) if engine.workers.worker]
+        assert worker.wait_until_ready(120.0), worker.why_it_ended()
+        output = target.generate(**inputs, **options, assistant_model=draft, pearl=config)
+        assert output.sequences[:, inputs["input_ids"].shape[1] :].tolist() == expected.tolist()
+        assert output.pearl.execution == "processes"
+        rates.append(output.pearl.acceptance_rate)
+        draft.load_state_dict(target.state_dict())
+    assert rates[0] < rates[1] == 1.0
+    hf_pearl.release(target)
 
 
 def assert_replayed(pair: Pair, device: torch.device) -> None:

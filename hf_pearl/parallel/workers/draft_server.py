@@ -13,7 +13,10 @@ from ...decoding.drafting import Drafter
 from ...decoding.proposal import Proposer
 from ...model_devices import input_device
 from ..draft_loop import run_draft_loop
-from ..ranks.lane import new_cache, new_lane
+from ..graphs.cuda_graphs import LaneGraphs
+from ..memory import num_blocks
+from ..ranks.lane import new_cache, new_lane, num_ranks
+from ..streams import LaneStream
 from . import records
 from .draft_boxes import Inbox, Outbox, ToldToQuit
 from .processor_specs import decode_processors
@@ -38,6 +41,8 @@ class DraftServer:
         self.model, self.inbox, self._outbox, self._distributions = model, inbox, outbox, distributions
         self.calibration = Calibration()
         self.cache: PagedPrefixCache | None = None
+        self._made_for: tuple[int, bool] | None = None
+        self._graphs = LaneGraphs()
 
     def progress(self) -> int:
         """Layers computed, and looks for a message."""
@@ -69,28 +74,32 @@ class DraftServer:
             raise
         except Exception:
             self.cache = None  # Whatever failed may have left its books half written.
+            self._graphs.forget("draft")
             outbox.fail(traceback.format_exc())
         finally:
             if distributions is not None:
                 distributions.clear()
 
     def _draft(self, options: records.CallOptions, distributions: SharedDistributions | None, outbox: Outbox) -> None:
-        lane = new_lane(self.model, self._cache_for(options), options.prefix_cache, options.cache_salt)
+        cache = self._cache_for(options)
+        captures = options.captures and num_ranks(self.model) == 1
+        graphs = self._graphs.runner("draft", self.model, cache) if captures else None
+        lane = new_lane(self.model, cache, options.prefix_cache, options.cache_salt, graphs, "draft")
         processors = decode_processors(options.processors)
         proposer = Proposer(options.vocab_size, processors, options.pad_token_id, distributions)
         # How often guesses stand that were drawn apart says nothing of those that share the target's noise.
         calibration = self.calibration if distributions is None else Calibration()
         drafter = Drafter(lane, proposer, calibration, options.max_line, options.free_running, options.max_width)
-        with lane.ready():
+        with lane.ready(), LaneStream(lane.device, is_urgent=True).running():
             outbox.publish(drafter, [])
             run_draft_loop(drafter, self.inbox, lambda trees: outbox.publish(drafter, trees), options.free_running)
             outbox.publish(drafter, [], is_finished=True)
 
     def _cache_for(self, options: records.CallOptions) -> PagedPrefixCache:
         made_for = options.num_blocks, options.eight_bit_cache
-        if self.cache is None or (self.cache.pool.max_blocks, self.cache.eight_bit) != made_for:
-            self.cache = new_cache(
-                self.model, options.num_blocks, eight_bit=options.eight_bit_cache, device=input_device(self.model)
-            )
+        if self.cache is None or self._made_for != made_for:
+            self.cache, self._made_for = None, made_for
+            most = num_blocks(self.model, options.eight_bit_cache, options.num_blocks)
+            self.cache = new_cache(self.model, most, eight_bit=options.eight_bit_cache, device=input_device(self.model))
         self.cache.backend.use(options.attention)
         return self.cache

@@ -36,7 +36,7 @@ class DraftWorker:
     Parameters
     ----------
     model : PreTrainedModel
-        The draft; its weights are copied, it is not kept.
+        The draft; its weights are copied, or shared where they lie on a GPU. It is not kept.
     cache_blocks : int
         Blocks that the worker's cache may have; may be set anew between calls.
     num_threads : int
@@ -147,6 +147,7 @@ class DraftWorker:
             config.max_draft_width,
             self.cache_blocks,
             config.verification == "rejection",
+            config.captures,
             encode_processors(processors),
         )
         return ProcessDraft(self._process, BeginCall(self._num_calls, options))

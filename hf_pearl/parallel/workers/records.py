@@ -51,6 +51,7 @@ class CallOptions(NamedTuple):
     max_width: int
     num_blocks: int
     keeps_distributions: bool
+    captures: bool
     processors: list[dict[str, Any]]
 
 
@@ -203,6 +204,7 @@ def _decode_begin_call(words: Sequence[int]) -> BeginCall:
         "prefix_cache": (False, True),
         "eight_bit_cache": (False, True),
         "keeps_distributions": (False, True),
+        "captures": (False, True),
     }
     for name, (low, high) in ranges.items():
         if type(options[name]) is not type(low):

@@ -1,4 +1,6 @@
-"""How a model travels to a worker: its weights through shared memory, its class and config as a pickle at start-up.
+"""How a model travels to a worker: its weights as shared memory, its class and config as a pickle at start-up.
+
+Weights in main memory are copied there once; those on a GPU are mapped where they are (`device_weights.py`).
 
 The pickle goes from the process that makes it to the child that it starts, through a private descriptor, once; nothing
 is unpickled afterwards.
@@ -13,7 +15,7 @@ import mmap
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..ranks.models import load_first_part, rank_model_of
 from ..ranks.wire import RankModel
+from . import device_weights
 from .child_process import why_no_child
+from .device_weights import SharedPlace, SharedStorage
 
 _ALIGNMENT = 64
 # Every model has an eager implementation; the worker's lane switches to paged attention by itself.
@@ -29,7 +33,7 @@ _ATTENTION_IN_TRANSIT = "eager"
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in the shared memory."""
+    """Where a copy of a tensor lies in the shared memory."""
 
     offset: int
     shape: tuple[int, ...]
@@ -51,7 +55,7 @@ class Binding(NamedTuple):
 
 
 class Shipment(NamedTuple):
-    """All about a model but its weights; equal as long as new weights fit into the old places.
+    """All about a model but its weights; equal as long as new weights fit into, or lie in, the old places.
 
     Of a model over several `ranks` only that: every rank reads its part from the files.
     """
@@ -61,13 +65,14 @@ class Shipment(NamedTuple):
     config: bytes
     module_classes: tuple[tuple[str, str], ...]
     bindings: tuple[Binding, ...]
-    places: tuple[Place, ...]
+    places: tuple[Place | SharedPlace, ...]
     ranks: RankModel | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of shared memory for the weights; never 0, which could not be mapped."""
-        return max([_ALIGNMENT, *(place.offset + place.num_bytes for place in self.places)])
+        """Bytes of shared memory for copies; never 0, which could not be mapped."""
+        ends = [place.offset + place.num_bytes for place in self.places if isinstance(place, Place)]
+        return max([_ALIGNMENT, *ends])
 
 
 def can_ship(model: PreTrainedModel) -> str | None:
@@ -101,19 +106,23 @@ def pack(model: PreTrainedModel) -> tuple[Shipment, list[torch.Tensor]]:
     ranks = rank_model_of(model)
     if ranks is not None:
         return Shipment("", ranks.name, b"", (), (), (), ranks), []
-    places: list[Place] = []
+    places: list[Place | SharedPlace] = []
     tensors: list[torch.Tensor] = []
     bindings: list[Binding] = []
     place_of: dict[tuple[Any, ...], int] = {}
+    addresses: dict[int, int] = {}  # of shared storages -> their numbers
     offset = 0
     for module, name, kind, tensor in _tensors(model):
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), kind == "parameter")
         if key not in place_of:
             place_of[key] = len(places)
-            place = Place(offset, tuple(tensor.shape), tensor.dtype)
-            places.append(place)
+            if device_weights.can_share(tensor):
+                places.append(_shared_place(tensor, addresses))
+            else:
+                place = Place(offset, tuple(tensor.shape), tensor.dtype)
+                places.append(place)
+                offset += -(-place.num_bytes // _ALIGNMENT) * _ALIGNMENT
             tensors.append(tensor)
-            offset += -(-place.num_bytes // _ALIGNMENT) * _ALIGNMENT
         bindings.append(Binding(module, name, kind, place_of[key]))
     config = copy.deepcopy(model.config)
     config._attn_implementation = _ATTENTION_IN_TRANSIT
@@ -128,10 +137,39 @@ def pack(model: PreTrainedModel) -> tuple[Shipment, list[torch.Tensor]]:
     return shipment, tensors
 
 
+def _shared_place(tensor: torch.Tensor, addresses: dict[int, int]) -> SharedPlace:
+    address = tensor.untyped_storage().data_ptr()
+    storage = addresses.setdefault(address, len(addresses))
+    offset, shape, strides = int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
+    return SharedPlace(storage, address, offset, shape, strides, tensor.dtype, str(tensor.device))
+
+
+def share_weights(shipment: Shipment, tensors: Sequence[torch.Tensor]) -> list[SharedStorage]:
+    """What the worker maps instead of copies, in the order of the shipment's storages.
+
+    Raises
+    ------
+    OSError
+        Memory cannot be shared.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+    for place, tensor in zip(shipment.places, tensors, strict=True):
+        if isinstance(place, SharedPlace):
+            storages.setdefault(place.storage, tensor.untyped_storage())
+    shared: list[SharedStorage] = []
+    try:
+        for storage in storages.values():
+            shared.append(device_weights.share(storage))
+    except BaseException:
+        device_weights.release(shared)
+        raise
+    return shared
+
+
 def copy_weights(
     shipment: Shipment, tensors: list[torch.Tensor], descriptor: int, is_cancelled: Callable[[], bool]
 ) -> None:
-    """Copy `tensors` to their places in the memory behind `descriptor`, unless cancelled half-way.
+    """Copy those of `tensors` that are not shared to their places behind `descriptor`, unless cancelled half-way.
 
     Raises
     ------
@@ -143,11 +181,12 @@ def copy_weights(
         for place, tensor in zip(shipment.places, tensors, strict=True):
             if is_cancelled():
                 return
-            _view(memory, place).copy_(tensor)
+            if isinstance(place, Place):
+                _view(memory, place).copy_(tensor)
 
 
-def build(shipment: Shipment, descriptor: int) -> PreTrainedModel:
-    """The model of a shipment, on the weights in the memory behind `descriptor`.
+def build(shipment: Shipment, descriptor: int, shared: Sequence[SharedStorage] = ()) -> PreTrainedModel:
+    """The model of a shipment, on the weights in the memory behind `descriptor` and those that are `shared`.
 
     Raises
     ------
@@ -168,7 +207,8 @@ def build(shipment: Shipment, descriptor: int) -> PreTrainedModel:
         raise ValueError(
             f"{shipment.class_name}(config) builds other modules than the model has: {', '.join(sorted(differing)[:5])}"
         )
-    tensors = [_view(memory, place) for place in shipment.places]
+    opened = [each.open() for each in shared]
+    tensors = [_view(memory, each) if isinstance(each, Place) else each.view(opened) for each in shipment.places]
     parameters: dict[int, torch.nn.Parameter] = {}
     for binding in shipment.bindings:
         module, tensor = model.get_submodule(binding.module), tensors[binding.place]
@@ -252,8 +292,8 @@ def _why_not_tensor(tensor: torch.Tensor) -> str | None:
         return f"is a {type(tensor).__name__}"
     if tensor.is_meta:
         return "is offloaded or not loaded (meta device)"
-    if tensor.device.type != "cpu":
-        return f"lies on {tensor.device}, and worker processes run on CPUs"
+    if tensor.device.type != "cpu" and not device_weights.can_share(tensor):
+        return f"lies on {tensor.device}, whose memory another process cannot map: CPUs and CUDA devices can"
     if tensor.layout is not torch.strided or tensor.is_quantized:
         return "is sparse or quantised"
     return None

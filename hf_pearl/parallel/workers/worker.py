@@ -18,6 +18,7 @@ from typing import NamedTuple, TextIO
 
 import torch
 
+from ...model_devices import input_device
 from ..heartbeat import Pulse
 from ..ranks.models import close_ranks
 from . import records
@@ -56,8 +57,11 @@ def main() -> None:
     pulse = Pulse(channel.control, descriptors.lifeline, Parent(parent, death_signal))
     pulse.start()
     with open(descriptors.shipment, "rb") as file:
-        shipment = pickle.load(file)
-    model = build(shipment, descriptors.weights)
+        shipment, shared = pickle.load(file)
+    model = build(shipment, descriptors.weights, shared)
+    device = input_device(model)
+    if device.type == "cuda":  # Kernels are launched on the current one.
+        torch.cuda.set_device(device)
     if not lifeline.recv(1):  # The weights are there; or the parent has gone.
         return
     gc.collect()
@@ -96,5 +100,13 @@ def _silence() -> TextIO:
 
 
 if __name__ == "__main__":
-    main()
-    os._exit(0)  # Nothing is left to be written, and taking an interpreter with torch down takes its time.
+    # Nothing is left to be written, and taking an interpreter with torch down takes its time; and what it has mapped of
+    # its parent's memory must not be counted off twice (`device_weights`).
+    try:
+        main()
+    except SystemExit as end:
+        os._exit(int(end.code or 0))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)

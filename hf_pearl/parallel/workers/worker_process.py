@@ -15,11 +15,13 @@ from contextlib import suppress
 import torch
 
 from .. import heartbeat
+from . import device_weights
 from .child_process import Parent, start_module
 from .descriptors import anonymous_memory, event, socket_pair
+from .device_weights import SharedStorage
 from .records import MalformedRecordError, Message, Quit, Status, decode_status, encode_message
 from .shared_memory import Channel, RingWriter
-from .shipping import Shipment, copy_weights
+from .shipping import Shipment, copy_weights, share_weights
 
 QUIT_SECONDS = 0.7  # for each of: asked, terminated, killed
 START_SECONDS = 600.0  # after which a worker that is not ready is given up; nobody waits for it
@@ -34,7 +36,7 @@ class WorkerProcess:
     shipment : Shipment
         The draft model.
     tensors : list of torch.Tensor
-        Its weights; they are copied in the background.
+        Its weights; those in main memory are copied in the background.
     num_threads : int
         Threads of the worker's arithmetic.
     cores : sequence of int
@@ -46,6 +48,7 @@ class WorkerProcess:
         self.channel: Channel | None = None
         self._owner = os.getpid()
         self._descriptors: dict[str, int] = {}
+        self._shared: list[SharedStorage] = []
         self._cancelled = threading.Event()
         self._failure = ""
         self._is_lost = False
@@ -53,7 +56,7 @@ class WorkerProcess:
         self._started = time.perf_counter()
         self._signs = heartbeat.Signs()
         try:
-            self._open(shipment)
+            self._open(shipment, tensors)
             self._process = self._start(num_threads, cores)
         except BaseException:
             self._release()
@@ -65,7 +68,7 @@ class WorkerProcess:
         self._copier = threading.Thread(target=self._send_weights, args=(tensors, weights), name="hf_pearl weights")
         self._copier.start()
 
-    def _open(self, shipment: Shipment) -> None:
+    def _open(self, shipment: Shipment, tensors: list[torch.Tensor]) -> None:
         self._descriptors["shipment"] = anonymous_memory("hf_pearl_shipment", 0)
         self._descriptors["weights"] = anonymous_memory("hf_pearl_weights", shipment.num_bytes)
         self._descriptors["channel"] = anonymous_memory("hf_pearl_channel", Channel.NUM_BYTES)
@@ -73,8 +76,9 @@ class WorkerProcess:
         self._descriptors["log"] = anonymous_memory("hf_pearl_log", 0)
         for name in ("to_worker", "to_engine"):
             self._descriptors[name] = event()
+        self._shared = share_weights(shipment, tensors)
         with open(self._descriptors["shipment"], "wb", closefd=False) as file:
-            pickle.dump(shipment, file)
+            pickle.dump((shipment, self._shared), file)
         os.lseek(self._descriptors["shipment"], 0, os.SEEK_SET)
         self.channel = Channel(self._descriptors["channel"])
         self._writer = RingWriter(self.channel.control, self.channel.ring)
@@ -109,8 +113,9 @@ class WorkerProcess:
             os.close(descriptor)
 
     def replace_weights(self, tensors: list[torch.Tensor]) -> None:
-        """Copy new values into the old places; the worker must not be in a call."""
+        """Have new values in the old places; the worker must not be in a call."""
         self._copier.join()
+        device_weights.settle(tensors)
         copy_weights(self.shipment, tensors, self._descriptors["weights"], self._cancelled.is_set)
 
     @property
@@ -250,3 +255,6 @@ class WorkerProcess:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+        if self._owner == os.getpid():
+            shared, self._shared = self._shared, []
+            device_weights.release(shared)
