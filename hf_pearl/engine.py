@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .cache import PagedPrefixCache
 from .cache.backends import choose_kernels
-from .cache.sizing import CacheNeeds, num_blocks_for
+from .cache.sizing import num_blocks_for
 from .cache.support import check_supported
 from .config import PearlConfig
 from .decoding.calibration import Calibration
@@ -39,11 +39,10 @@ from .parallel.cores import SharedCores, leaving_cores
 from .parallel.graphs.cuda_graphs import LaneGraphs
 from .parallel.inline import InlineDraft
 from .parallel.lane import output_vocab_size
-from .parallel.memory import cache_share
+from .parallel.memory import cache_needs, cache_share
 from .parallel.probe import check_computed
 from .parallel.ranks.lane import Lane, assemble_ranks, new_cache, new_lane, num_ranks, num_threads, turns
 from .parallel.streams import on_lane_stream
-from .parallel.tensor_parallel import num_key_value_heads
 from .parallel.threads import ThreadDraft
 from .parallel.workers.draft_workers import DraftWorkers, Execution, for_hooks
 
@@ -280,11 +279,7 @@ class PearlEngine:
             check_supported(model)
             assemble_ranks(model, prints[name])
             check_computed(model)
-        needs = [
-            need
-            for model in models.values()
-            for need in CacheNeeds.by_device(model, config.eight_bit_cache, num_key_value_heads(model))
-        ]
+        needs = [need for model in models.values() for need in cache_needs(model, config.eight_bit_cache)]
         for each in needs:
             choose_kernels(config.attention, each.held)  # Refused now, not in the first forward.
         num_blocks = num_blocks_for(needs, config.cache_bytes, lambda device: self._share(device, [*models.values()]))

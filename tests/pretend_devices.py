@@ -13,6 +13,7 @@ import random
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from hf_pearl import PearlConfig
 from hf_pearl.cache.sizing import CacheNeeds
 from hf_pearl.model_devices import devices_of, layer_devices
 from hf_pearl.parallel import placement
+from hf_pearl.parallel.ranks.shared_collectives import SharedCollectives, Table
 from hf_pearl.registry import engines_of
 
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -322,6 +324,27 @@ def check_shared_weights() -> None:
     assert _device_names([*devices_of(target), *devices_of(draft)]) == ["cpu", "cpu"]
 
 
+def check_sums_of_ranks() -> None:
+    """Two ranks on a device each, here threads, add up through shared memory; each has the sum where it computes."""
+    table = Table(2)
+    given = torch.arange(12.0).view(3, 4)
+
+    def both(rank: int) -> list[torch.Tensor]:
+        collectives = SharedCollectives("target", rank, table.seat(rank))
+        own = (given + 100 * rank).to(f"pretend:{rank}")
+        found = [collectives.all_reduce(own), collectives.all_gather(own)]
+        collectives.close()
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(both, range(2)))
+    table.close()
+    for rank, (total, gathered) in enumerate(results):
+        assert _device_names([total.device, gathered.device]) == [f"pretend:{rank}"] * 2
+        assert total.cpu().tolist() == (2 * given + 100).tolist()
+        assert gathered.cpu().tolist() == torch.cat([given, given + 100], dim=-1).tolist()
+
+
 def check_plan() -> None:
     """A plan of models on devices that are not CUDA's says where they lie."""
     target, draft = tiny_model("llama", 15), tiny_model("llama", 16)
@@ -340,6 +363,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "a failed move": check_failed_move,
     "moved by its user": check_user_moves_it,
     "shared weights": check_shared_weights,
+    "sums of ranks": check_sums_of_ranks,
     "a plan": check_plan,
 }
 

@@ -39,8 +39,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 import hf_pearl
 from hf_pearl import LaunchedPair, PearlConfig, PearlUnsupportedModelError, PearlWorkerError
 from hf_pearl.benchmark.near_tie import first_difference, is_near_tie
+from hf_pearl.launching.rank_devices import first_devices
 from hf_pearl.pair import demo_pair_folder
 from hf_pearl.parallel import heartbeat
+from hf_pearl.parallel.memory import cache_needs
 from hf_pearl.parallel.ranks import shared_collectives
 from hf_pearl.parallel.ranks.child_ranks import ChildRanks
 from hf_pearl.parallel.ranks.lane import leader_of
@@ -522,6 +524,52 @@ def test_a_stopped_rank_is_noticed(launched: LaunchedPair, saved: Saved, monkeyp
     message = fails_and_recovers(launched, saved, stop, 3)
     assert message.startswith("target lane, forward ")
     assert "rank 1 of the target lane" in message and "no sign of life" in message
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "target_tp", "draft_tp", "first"),
+    [
+        (CPU, 1, 3, 2, ("cpu", "cpu")),
+        (CUDA, 1, 1, 1, ("cuda", "cuda")),  # Who draws them apart is "auto".
+        (CUDA, 8, 7, 1, ("cuda:0", "cuda:7")),
+        (CUDA, 8, 4, 4, ("cuda:0", "cuda:4")),
+        (CUDA, 2, 2, 0, ("cuda:0", "cuda:2")),
+        (torch.device("cuda:2"), 8, 3, 2, ("cuda:2", "cuda:5")),
+        (CUDA, 2, 2, 1, None),
+        (CUDA, 4, 2, 3, None),
+        (torch.device("cuda:3"), 4, 2, 0, None),
+    ],
+)
+def test_every_rank_on_a_gpu_has_one_of_its_own(
+    device: torch.device,
+    count: int,
+    target_tp: int,
+    draft_tp: int,
+    first: tuple[str, str] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hf_pearl.launching.rank_devices.device_count", lambda kind: count)
+    if first is None:
+        with pytest.raises(ValueError, match=f"`target_tp` and `draft_tp` are {target_tp} and {draft_tp}, .* a GPU"):
+            first_devices(device, target_tp, draft_tp)
+        return
+    assert tuple(map(str, first_devices(device, target_tp, draft_tp))) == first
+    taken = [
+        RankModel("name", "float32", lane, size, 1, where).device_of(rank)
+        for lane, size, where in zip(("target", "draft"), (target_tp, draft_tp), first, strict=True)
+        for rank in range(size)
+    ]
+    assert len(set(taken)) == (len(taken) if "cuda:" in first[0] else 1)
+
+
+def test_caches_of_all_ranks_together_take_what_was_allowed(launched: LaunchedPair, saved: Saved) -> None:
+    """Two ranks of the target on one host: each has half of the heads, and its own memory for them."""
+    one, two = cache_needs(saved.target, False), cache_needs(launched.target, False)
+    assert (len(one), len(two)) == (1, 2)
+    assert sum(each.bytes_per_block() for each in two) == one[0].bytes_per_block()
 
 
 def test_a_rank_that_pauses_is_waited_for(launched: LaunchedPair, saved: Saved) -> None:

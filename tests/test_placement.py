@@ -189,6 +189,7 @@ def pretended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "moved by its user",
         "a plan",
         "shared weights",
+        "sums of ranks",
     ],
 )
 def test_on_two_pretended_devices(check: str, pretended: dict[str, str]) -> None:

@@ -135,7 +135,7 @@ def test_a_rank_that_has_ended_is_named() -> None:
 class ThreadRanks:
     """Ranks in threads of this process, whose shards hold what theirs would; `messages` were all sent."""
 
-    lane, num_threads = "target", 1
+    lane, num_threads, num_here = "target", 1, 1
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -16,6 +16,7 @@ from ..parallel.ranks.world import in_world
 from .checks import check_model, check_sources, checked_device, checked_dtype, checked_folder
 from .launched_pair import LaunchedPair
 from .rank_checks import check_ranks, check_sizes
+from .rank_devices import first_devices
 from .world_pair import WorldPair
 
 
@@ -46,6 +47,7 @@ def launch(
         Of both models' weights; by default float32 on a CPU and bfloat16 elsewhere.
     device : torch.device or str, optional
         Where both models go; by default a CUDA device if there is one (under `torchrun` each rank's own), else the CPU.
+        Of several ranks on GPUs each has its own: the target's from this one on, then the draft's.
 
     Returns
     -------
@@ -59,8 +61,8 @@ def launch(
     FileNotFoundError
         There are no weights in safetensors.
     NotImplementedError
-        Several ranks on another system than Linux, in a frozen app, or on GPUs without `torchrun`; or several of a
-        target or a draft that cannot be cut (`PearlUnsupportedModelError`).
+        Several ranks on another system than Linux, in a frozen app, or on devices that are neither CPUs nor CUDA's; or
+        several of a target or a draft that cannot be cut (`PearlUnsupportedModelError`).
     PearlWorkerError
         A rank could not be started.
     """
@@ -70,12 +72,13 @@ def launch(
     dtype = checked_dtype(dtype, device)
     draft_ranks = 0 if draft is None else draft_tp
     check_ranks(device, target_tp, draft_ranks)
+    first, draft_first = first_devices(device, target_tp, draft_ranks)
     num_threads = _threads_per_rank(target_tp + draft_ranks)
-    target_model = _rank_model(target, dtype, "target", target_tp, num_threads)
-    draft_model = None if draft is None else _rank_model(draft, dtype, "draft", draft_tp, num_threads)
+    target_model = _rank_model(target, dtype, "target", target_tp, num_threads, first)
+    draft_model = None if draft is None else _rank_model(draft, dtype, "draft", draft_tp, num_threads, draft_first)
     if in_world():
         return WorldPair(target_model, draft_model, device)
-    return _hold(target_model, draft_model, device)
+    return _hold(target_model, draft_model)
 
 
 def _threads_per_rank(num_ranks: int) -> int:
@@ -83,22 +86,24 @@ def _threads_per_rank(num_ranks: int) -> int:
     return max(1, len(available_cores()) // num_here)
 
 
-def _rank_model(name: str | Path, dtype: torch.dtype, lane: str, size: int, num_threads: int) -> RankModel:
+def _rank_model(
+    name: str | Path, dtype: torch.dtype, lane: str, size: int, num_threads: int, device: torch.device
+) -> RankModel:
     folder = checked_folder(lane, name)  # Whatever is downloaded, this process does it, once.
     check_model(lane, folder, dtype, size)
-    return RankModel(str(folder), str(dtype).removeprefix("torch."), lane, size, num_threads)
+    return RankModel(str(folder), str(dtype).removeprefix("torch."), lane, size, num_threads, str(device))
 
 
-def _hold(target: RankModel, draft: RankModel | None, device: torch.device) -> LaunchedPair:
-    held_target, held_draft = load_first_part(target) if target.size > 1 else _load(target, device), None
+def _hold(target: RankModel, draft: RankModel | None) -> LaunchedPair:
+    held_target, held_draft = load_first_part(target) if target.size > 1 else _load(target), None
     try:
         if draft is not None:
-            held_draft = stand_in(draft) if draft.size > 1 else _load(draft, device)
+            held_draft = stand_in(draft) if draft.size > 1 else _load(draft)
         return LaunchedPair(held_target, held_draft)
     except BaseException:
         close_ranks(held_target)  # Whoever keeps the error keeps the target, too.
         raise
 
 
-def _load(model: RankModel, device: torch.device) -> PreTrainedModel:
-    return load_model(model.name, device, model.torch_dtype)
+def _load(model: RankModel) -> PreTrainedModel:
+    return load_model(model.name, model.device_of(0), model.torch_dtype)

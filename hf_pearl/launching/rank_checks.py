@@ -45,7 +45,7 @@ def check_ranks(device: torch.device, target_tp: int, draft_tp: int) -> None:
         A launcher has started another number, or they take more open files than a process may have.
     NotImplementedError
         `launch` would have to start several on another system than Linux, in a frozen app, or for a `device` that is
-        no CPU.
+        neither a CPU nor CUDA's.
     """
     if in_world():
         _check_world(target_tp, draft_tp)
@@ -72,10 +72,10 @@ def _check_ranks_here(device: torch.device, target_tp: int, draft_tp: int) -> No
             f"several ranks need new processes, and {reason}. Leave `target_tp` and `draft_tp` at 1, or run this as a "
             "script of an installed Python."
         )
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         raise NotImplementedError(
-            f"the ranks that `launch` starts compute on CPUs, and `device` is {device}. Start the script by `torchrun "
-            f'--nproc-per-node {target_tp + draft_tp}`, whose ranks have a GPU each, or say `device="cpu"`.'
+            f"the ranks that `launch` starts compute on CPUs and CUDA devices, and `device` is {device}. Leave "
+            '`target_tp` and `draft_tp` at 1, or say `device="cpu"`.'
         )
     for argument, size in (("target_tp", target_tp), ("draft_tp", draft_tp)):
         _check_files(argument, size)

@@ -1,4 +1,4 @@
-"""How much of a GPU the caches of a pair may take: what is left beside the weights and the largest forward."""
+"""What the caches of a pair need, and how much of a GPU they may take: what weights and the largest forward leave."""
 
 from __future__ import annotations
 
@@ -7,13 +7,31 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..cache.sizing import DEFAULT_BLOCK_SIZE, free_cuda_memory, memory_share
+from ..cache.sizing import DEFAULT_BLOCK_SIZE, CacheNeeds, free_cuda_memory, memory_share, num_blocks_for
 from ..decoding.loop import MAX_TOKENS_PER_FORWARD
 from ..decoding.messages import Window
 from ..model_devices import devices_of, input_device
-from .ranks.lane import new_cache, new_lane
+from .ranks.lane import new_cache, new_lane, num_ranks_here
+from .ranks.models import rank_model_of
+from .tensor_parallel import num_key_value_heads
 
 CUDA_SHARE = 0.9
+
+
+def cache_needs(model: PreTrainedModel, eight_bit: bool) -> list[CacheNeeds]:
+    """What a model's cache needs, by device; nothing of one on GPUs of other processes (`num_blocks`)."""
+    elsewhere = rank_model_of(model)
+    if elsewhere is not None and torch.device(elsewhere.device).type != "cpu":
+        return []
+    return CacheNeeds.by_device(model, eight_bit, num_key_value_heads(model)) * num_ranks_here(model)
+
+
+def num_blocks(model: PreTrainedModel, eight_bit: bool, asked: int) -> int:
+    """Blocks for the cache of a draft in a process of its own: as many as are asked for, if its GPU has room."""
+    if input_device(model).type != "cuda":
+        return asked
+    needs = CacheNeeds.by_device(model, eight_bit, num_key_value_heads(model))
+    return min(asked, num_blocks_for(needs, None, lambda device: cache_share(device, [model])))
 
 
 def cache_share(device: torch.device, models: Sequence[PreTrainedModel]) -> int:

@@ -28,6 +28,8 @@ from ..models import all_modules
 from ..planning.footprint import Footprint
 from ..planning.planner import gib, split
 from ..planning.topology import Device, present_devices
+from .ranks.lane import num_ranks
+from .ranks.models import rank_model_of
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +62,8 @@ def why_fixed(model: PreTrainedModel) -> str | None:
         return "is quantised"
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         return "is tensor-parallel"
+    if num_ranks(model) > 1 or rank_model_of(model) is not None:
+        return "lies on the ranks that `launch` has started"
     if model in _placed:
         return None
     if is_offloaded(model):

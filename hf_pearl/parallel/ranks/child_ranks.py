@@ -115,6 +115,7 @@ class ChildRanks:
 
     def __init__(self, model: RankModel) -> None:
         self.model, self.lane, self.size, self.num_threads = model, model.lane, model.size, model.num_threads
+        self.num_here = len([rank for rank in range(model.size) if model.device_of(rank) == model.device_of(0)])
         self._kept = KeptInterrupts()
         self._interrupted: float | None = None
         self._owner = os.getpid()

@@ -92,6 +92,6 @@ def compare(lane: ModelLane, windows: Sequence[Window], collectives: Collectives
     tables = {request_id: (each.length, each.block_table) for request_id, each in lane._sequences.items()}
     text = repr((list(windows), sorted(tables.items()))).encode()
     digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
-    digests = collectives.all_gather(torch.tensor([digest], device="cpu")).tolist()
+    digests = collectives.all_gather(torch.tensor([digest], device=lane.device)).tolist()
     if len(set(digests)) > 1:
         raise PearlWorkerError(f"the ranks of a lane disagree on tokens or block tables: digests {digests}")

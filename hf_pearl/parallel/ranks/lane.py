@@ -193,6 +193,12 @@ def num_ranks(model: torch.nn.Module) -> int:
     return 1 if leader is None else leader.size
 
 
+def num_ranks_here(model: torch.nn.Module) -> int:
+    """How many ranks of a model keep their caches in one memory."""
+    leader = leader_of(model)
+    return 1 if leader is None else leader.ranks.num_here
+
+
 def num_threads(model: torch.nn.Module) -> int | None:
     """How many threads every rank of a model takes; None of a model that is in one piece."""
     leader = leader_of(model)

@@ -24,6 +24,7 @@ class Ranks(Protocol):
     lane: str
     size: int
     num_threads: int  # of each, this one included
+    num_here: int  # of those whose caches share a memory with this one's
 
     @property
     def collectives(self) -> Collectives:

@@ -32,7 +32,8 @@ def load_first_part(model: RankModel) -> PreTrainedModel:
     ranks = ChildRanks(model)
     try:
         leader = Leader(ranks)
-        part = load_shard(model.name, 0, model.size, leader.all_reduce, leader.all_gather, dtype=model.torch_dtype)
+        sums = leader.all_reduce, leader.all_gather
+        part = load_shard(model.name, 0, model.size, *sums, dtype=model.torch_dtype, device=model.device_of(0))
         ranks.wait_until_ready()
     except BaseException:
         ranks.close()

@@ -34,6 +34,9 @@ def main() -> None:
     collectives = SharedCollectives(start.model.lane, start.rank, start.seat)
     pulse = Pulse(collectives.control(start.rank), start.line, start.parent)
     pulse.start()
+    device = start.model.device_of(start.rank)
+    if device.type == "cuda":  # Kernels are launched on the current one.
+        torch.cuda.set_device(device)
     model = load_shard(
         start.model.name,
         start.rank,
@@ -41,6 +44,7 @@ def main() -> None:
         collectives.all_reduce,
         collectives.all_gather,
         dtype=start.model.torch_dtype,
+        device=device,
     )
     gc.collect()
     gc.freeze()

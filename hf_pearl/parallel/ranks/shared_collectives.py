@@ -72,7 +72,8 @@ class SharedCollectives:
 
     Every rank writes its tensor to its own slot, tells the others, waits until all have, and reads every slot. There
     are two sets of slots, used in turn: whoever writes to one again knows that all have been to the other since, and so
-    have read this one. Sums are taken in the order of ranks, so that every rank has the same bits.
+    have read this one. Sums are taken in the order of ranks, so that every rank has the same bits. Tensors on GPUs are
+    copied to the slots, and sums back: only there does a rank wait for its device, so that no wait is without an end.
 
     Parameters
     ----------
@@ -129,7 +130,7 @@ class SharedCollectives:
             part = torch.add(first, second, out=taken[start : start + step])
             for other in others:
                 part += other
-        return total
+        return total.to(tensor.device)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's `(..., n)` side by side, in the order of ranks: `(..., size * n)`."""
@@ -142,7 +143,7 @@ class SharedCollectives:
             rows = given[start : start + step]
             parts = [part.view(rows.shape) for part in self._exchange(rows.reshape(-1))]
             torch.cat(parts, dim=-1, out=taken[start : start + step])
-        return taken.view(*tensor.shape[:-1], self.size * width)
+        return taken.view(*tensor.shape[:-1], self.size * width).to(tensor.device)
 
     def _exchange(self, values: torch.Tensor) -> Sequence[torch.Tensor]:
         """Every rank's `values`, in the order of ranks; to be read before the next exchange."""

@@ -36,6 +36,8 @@ class RankModel(NamedTuple):
         Ranks of the lane.
     num_threads : int
         Threads of each rank's arithmetic.
+    device : str
+        Of the first rank; on GPUs every rank has its own, the next.
     """
 
     name: str
@@ -43,6 +45,12 @@ class RankModel(NamedTuple):
     lane: str
     size: int
     num_threads: int
+    device: str = "cpu"
+
+    def device_of(self, rank: int) -> torch.device:
+        """Where a rank computes."""
+        first = torch.device(self.device)
+        return first if first.index is None else torch.device(first.type, first.index + rank)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -70,7 +70,7 @@ class WorldRanks:
     def __init__(self, groups: LaneGroups, num_threads: int) -> None:
         assert groups.collectives is not None
         self.lane, self.size, self.collectives = groups.lane, groups.size, groups.collectives
-        self.num_threads = num_threads
+        self.num_threads, self.num_here = num_threads, 1
         self._groups = groups
         self._failure = ""
 
