@@ -60,7 +60,7 @@ class Learnt:
         resting = [each for benefits in self.benefits.values() for each in benefits.all if each.rests]
         if resting and not self._has_warned:
             self._has_warned = True
-            drafted, plain = resting[0].rate("drafted"), resting[0].rate("plain")
+            drafted, plain = resting[0].found["drafted"], resting[0].found["plain"]
             logger.warning(
                 f"`assistant_model` does not make this model faster here: {drafted:.0f} tokens per second and row with "
                 f"it, {plain:.0f} without. Decoding goes on without it, and tries it again from time to time. A "

@@ -142,6 +142,15 @@ def test_chance_does_not_keep_a_draft_that_costs_a_little() -> None:
     assert num_found >= 178, num_found
 
 
+@pytest.mark.parametrize("num_cycles", [60, 1000, 1476, 1500])
+def test_what_was_found_is_known_also_while_it_is_found_out_anew(num_cycles: int) -> None:
+    """A warning is given once, at the end of a call, which may be the beginning of a contest."""
+    benefit = Benefit()
+    record(benefit, num_cycles, plain=1.0, drafted=1.25)
+    assert benefit.rests
+    assert benefit.found == {"plain": pytest.approx(1.0), "drafted": pytest.approx(0.8)}
+
+
 def test_a_lucky_dozen_cycles_decides_nothing() -> None:
     """A draft that makes decoding 15% slower, cycles that vary by 80%, and now and then one of three times the length.
 

@@ -39,6 +39,8 @@ class Benefit:
     ----------
     mode : Mode
         That of the next cycle.
+    found : dict of Mode to float
+        Rates of both at the end of the last contest.
     """
 
     def __init__(self) -> None:
@@ -46,6 +48,7 @@ class Benefit:
         for mode in MODES:
             self._cycles[mode] = deque(maxlen=2 * NUM_CONTEST)
         self._catching_up: list[tuple[float, float]] = []  # cycles of neither mode in a contest
+        self.found: dict[Mode, float] = dict.fromkeys(MODES, 0.0)
         self._patience: float = MIN_PATIENCE
         self._age = 0  # cycles since the last contest
         self._champion: Mode = "drafted"
@@ -58,6 +61,7 @@ class Benefit:
         """One for calls of another kind, which begin with what has been found here."""
         other = Benefit()
         if self._is_decided:
+            other.found = dict(self.found)
             other._begin_reign(self._champion)
         return other
 
@@ -124,6 +128,7 @@ class Benefit:
         return max(map(len, self._cycles.values()))
 
     def _end_contest(self) -> None:
+        self.found = {mode: self.rate(mode) for mode in MODES}
         if self._is_clear or (self._lead > 0.0 and self._num_cycles >= NUM_CONTEST):
             self._champion, patience = self._challenger, float(MIN_PATIENCE)
         else:
