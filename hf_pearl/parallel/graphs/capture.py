@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
-_failed: list[torch.cuda.CUDAGraph] = []
+from .failed_capture import undo_capture
+
 NUM_WARM_UPS = 2  # Before a capture libraries choose their algorithms and make work spaces, and Triton compiles.
 
 Run = Callable[[], None]
@@ -66,11 +67,17 @@ class CudaCapture:
     """CUDA graphs in one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device(device.type, index)  # "cuda" would be another one in another thread.
         self._pool: Any = None
 
     def capture(self, run: Run) -> Captured:
-        """A CUDA graph of `run`, of the current stream's priority. Other threads may use the device, not capture."""
+        """A CUDA graph of `run`, of the current stream's priority. Other threads may use the device, not capture.
+
+        Nor may they draw from the device's default generator (`torch.rand`, `torch.multinomial`, dropout) on torch
+        2.11, which raises there meanwhile: it has one flag that says whether anything is being captured. Our own noise
+        does not come from that generator.
+        """
         lane = torch.cuda.current_stream(self._device)
         stream = _capture_stream(self._device, lane.priority)
         stream.wait_stream(lane)
@@ -79,7 +86,8 @@ class CudaCapture:
             with torch.cuda.stream(stream):
                 for _ in range(NUM_WARM_UPS):
                     run()
-                return self._captured(run)
+                with _no_collection():
+                    return self._captured(run)
         finally:
             lane.wait_stream(stream)
 
@@ -87,24 +95,17 @@ class CudaCapture:
         """Capture it on the current stream."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph, has_begun = torch.cuda.CUDAGraph(), False
         try:
-            with _no_collection():
-                graph.capture_begin(self._pool, capture_error_mode="thread_local")
-                try:
-                    run()
-                finally:
-                    graph.capture_end()
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            has_begun = True
+            run()
+            graph.capture_end()
         except BaseException:
-            self._end_allocation(graph)
+            undo_capture(graph, self._pool, self._device, has_begun)
+            self._pool = None
             raise
         return graph
-
-    def _end_allocation(self, graph: torch.cuda.CUDAGraph) -> None:
-        """What torch leaves undone where a capture has failed: the allocator still asks the graph what is for it."""
-        _failed.append(graph)
-        with suppress(RuntimeError, AttributeError):  # It was done, or is called otherwise.
-            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
 
     def release(self) -> None:
         """Forget the pool, which goes with its last graph."""
