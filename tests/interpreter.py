@@ -1,13 +1,16 @@
 """Triton's interpreter, made to run with NumPy 2.4 and later: it turns arrays of one number into loop bounds.
 
-Whoever imports this is skipped where there is no Triton.
+And memory in which nothing is by chance what it should be. Whoever imports this is skipped where there is no Triton.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
@@ -25,3 +28,15 @@ def _patch_lang_tensor(tensor: type, scope: Any) -> None:
 
 
 interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, what torch has not initialised is NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1, device="cpu").isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,15 @@ from hf_pearl.cache.step_tables import Bounds, StepTables, needs
 HEAD_DIMS = (32, 48, 64, 80, 96, 128, 192, 256)
 
 
+class Shape(NamedTuple):
+    """What a case may be given instead of drawing it."""
+
+    num_queries: int  # of the first sequence
+    num_kv_heads: int
+    group: int
+    head_dim: int
+
+
 @dataclass
 class Case:
     """A step: sequences and their pools, in which all is NaN but what the sequences hold."""
@@ -26,7 +36,6 @@ class Case:
     trees: list[TreeMask | None]
     tables: StepTables
     attention: Attention
-    num_parts: int | None
     query: torch.Tensor  # (1, H, T, D), more tokens than the step's at times
     new: tuple[torch.Tensor, torch.Tensor]  # (1, K, T, D) each
     pools: Pools  # (1, K, N, D) each, without the new tokens
@@ -74,22 +83,33 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attenti
     return torch.einsum("hl,hld->hd", shares, v.repeat_interleave(group, 0))
 
 
-def random_case(seed: int, dtype: torch.dtype, device: str = "cpu", scale: int = 1, in_runs: bool = False) -> Case:
-    """A step of up to four sequences; `scale` makes contexts longer, for a device that has the time.
+def random_case(
+    seed: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    scale: int = 1,
+    in_runs: bool = False,
+    shape: Shape | None = None,
+) -> Case:
+    """A step of up to three sequences; `scale` makes contexts longer, for a device that has the time.
 
     Blocks are anywhere, or a sequence's are neighbours.
     """
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     block_size = chance.choice([2, 4, 8, 16, 16])
-    num_kv_heads, group = chance.choice([(1, 1), (1, 2), (1, 3), (1, 7), (2, 1), (2, 2), (3, 1)])
+    num_kv_heads, group = chance.choice([(1, 1), (1, 2), (1, 3), (1, 7), (1, 8), (2, 1), (2, 2), (3, 1)])
     key_dim = chance.choice(HEAD_DIMS)
     value_dim = key_dim if chance.random() < 0.8 else chance.choice(HEAD_DIMS)
+    num_first = chance.choice([1, 1, 2, 4, 7, 12, 33, 64])
+    if shape is not None:
+        num_first, num_kv_heads, group, key_dim = shape
+        value_dim = key_dim
     sequences, num_new, trees = [], [], []
     blocks = list(range(64 + 1200 * scale // block_size))
     chance.shuffle(blocks) if not in_runs else blocks.reverse()
     for _ in range(chance.choice([1, 1, 2, 3])):
-        num = chance.choice([1, 1, 2, 4, 7, 12, 33] if not sequences else [1, 2, 5])
+        num = num_first if not sequences else chance.choice([1, 2, 5])
         before = scale * chance.choice([0, 1, 5, 40, 63, 64, 130])
         tree = None
         if chance.random() < 0.5:
@@ -137,10 +157,9 @@ def random_case(seed: int, dtype: torch.dtype, device: str = "cpu", scale: int =
         f"{[tree is not None for tree in trees]}, {num_heads} heads on {num_kv_heads}, {key_dim} and {value_dim} "
         f"dimensions, blocks of {block_size}, {attention}, fixed bounds: {is_fixed}"
     )
-    num_parts = chance.choice([None, 1, 2, 3, 5])
     return Case(
-        options, sequences, num_new, trees, tables, attention, num_parts, query.to(device), tuple(states),
-        Pools(*pools), tuple(stored),
+        options, sequences, num_new, trees, tables, attention, query.to(device), tuple(states), Pools(*pools),
+        tuple(stored),
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from hf_pearl.cache.paged_layer import Held
 
 NAMES = [library.name for library in LIBRARIES]
 MAX_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-NUM_CASES, NUM_ON_GPU = 60, 24
+NUM_CASES, NUM_ON_GPU = 400, 24
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,13 +96,18 @@ def assert_right(implementation: Kernels, case: Case, writes: bool = False) -> N
 def test_each_step_is_computed_right_by_the_library_where_it_knows_it_and_else_by_ours(
     name: str, seed: int, stand_ins: StandIns
 ) -> None:
-    """Unused slots hold NaN; blocks lie anywhere for those that follow block tables."""
+    """Unused slots hold NaN; blocks lie anywhere for those that follow block tables.
+
+    It knows one step in ten; of the others, a sixth are computed.
+    """
     stand_ins.install(name)
     taken = 0
     for number in range(NUM_CASES):
         stand_ins.calls.clear()
         dtype = (torch.float64, torch.bfloat16)[number % 2]
         case = random_case(seed + number, dtype, in_runs=name == "flash-attn 2")
+        if not is_for_flash(name, case) and number % 6:
+            continue
         assert_right(FlashKernels(found(name)), case, writes=number % 4 > 1)
         assert bool(stand_ins.calls) == is_for_flash(name, case), case.description
         taken += bool(stand_ins.calls)

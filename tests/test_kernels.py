@@ -1,6 +1,7 @@
 """The kernels of the paged cache and their twins, against attention in float64, token by token.
 
-Without a GPU the Triton kernels run in Triton's interpreter. Unused slots, blocks and outputs are NaN beforehand.
+Without a GPU the Triton kernels run in Triton's interpreter. Unused slots, blocks, outputs and what lies between two
+kernels are NaN beforehand.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import interpreter  # noqa: F401 - skips the module where there is no Triton
 import pytest
 import torch
-from kernel_cases import Case, random_case
+from interpreter import poisoned_memory  # skips the module where there is no Triton
+from kernel_cases import Case, Shape, random_case
 from models import (
     assert_equal,
     assert_nothing_held,
@@ -38,8 +39,10 @@ from hf_pearl.cache.step_tables import Bounds, Limits, StepTables
 from hf_pearl.decoding.drafting import Drafter
 from hf_pearl.decoding.policy import Pace
 
-NUM_CASES = 264
-NUM_FAST = {kernels: 48, torch_kernels: 16}
+NUM_CASES, NUM_MOVES = 288, 240
+NUM_FAST, NUM_FAST_MOVES = {kernels: 48, torch_kernels: 16}, 40
+NUM_PARTS = (None, 2, 3, 1, 5, 9, 2)  # of contexts, in turn: in most cases they are split, and merged
+WIDEST = {number: Shape(64, 1, 8, (32, 64)[number % 2]) for number in range(5, NUM_CASES, 25)}
 NUM_ON_GPU, GPU_SCALE = 40, 16  # Contexts of up to 2,100 tokens; each case takes seconds to compile.
 needs_interpreter = pytest.mark.skipif(not kernels.IS_INTERPRETED, reason="compiled kernels need tensors on a GPU")
 # Largest error, over the largest number of the expected output.
@@ -66,14 +69,15 @@ def random_cases() -> list[Any]:
     return cases
 
 
-def run(implementation: Any, case: Case) -> torch.Tensor:
+def run(implementation: Any, case: Case, num_parts: int | None) -> torch.Tensor:
     """Store and attend; return the output, which was NaN before."""
     implementation.store(*case.new, case.pools, case.tables)
     num_heads, num_tokens = case.query.shape[1:3]
     output = case.query.new_full((1, num_tokens, num_heads, case.pools[1].shape[3]), torch.nan)
-    returned = implementation.paged_attention(
-        case.query, case.pools, case.tables, case.attention, output, case.num_parts
-    )
+    with poisoned_memory():
+        returned = implementation.paged_attention(
+            case.query, case.pools, case.tables, case.attention, output, num_parts
+        )
     assert returned is output
     return output[0].cpu()
 
@@ -81,14 +85,22 @@ def run(implementation: Any, case: Case) -> torch.Tensor:
 @pytest.mark.parametrize(("implementation", "device", "number"), random_cases())
 def test_attention_is_that_of_float64_token_by_token(implementation: Any, device: str, number: int, seed: int) -> None:
     dtype = DTYPES[number % 2 * (1 + number // 2 % 2)]  # every other one in float32
-    case = random_case(seed, dtype, device, GPU_SCALE if device == "cuda" else 1)
-    output = run(implementation, case)
+    case = random_case(seed, dtype, device, GPU_SCALE if device == "cuda" else 1, shape=WIDEST.get(number))
+    num_parts = NUM_PARTS[number % len(NUM_PARTS)]
+    output = run(implementation, case, num_parts)
     for pool, expected in zip(case.pools, case.stored, strict=True):
         assert torch.equal(pool.cpu().nan_to_num(1e9), expected.nan_to_num(1e9)), case.description  # and nothing else
     assert output[case.num_tokens :].isnan().all(), case.description
     expected = case.expected()
     error = (output[: case.num_tokens].double() - expected).abs().max() / expected.abs().max()
-    assert error < MAX_ERROR[dtype], f"{error}: {case.description}"
+    assert error < MAX_ERROR[dtype], f"{error}: {case.description}, {num_parts} parts"
+
+
+def test_every_kernel_is_interpreted_for_two_hundred_cases() -> None:
+    """Those that put parts together and that move, too, and the most queries and heads that a group may have."""
+    num_split = sum((NUM_PARTS[number % len(NUM_PARTS)] or 1) > 1 for number in range(NUM_CASES))
+    assert min(NUM_CASES, num_split, NUM_MOVES) >= 200
+    assert len(WIDEST) > 10 and min(WIDEST) < NUM_FAST[kernels]
 
 
 @pytest.mark.parametrize(
@@ -99,25 +111,29 @@ def test_attention_is_that_of_float64_token_by_token(implementation: Any, device
         pytest.param(kernels, "cuda", marks=pytest.mark.cuda, id="cuda"),
     ],
 )
-@pytest.mark.parametrize("number", range(24))
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(each, marks=pytest.mark.slow if each >= NUM_FAST_MOVES else ()) for each in range(NUM_MOVES)],
+)
 def test_what_slots_hold_moves_in_all_pools_as_it_was_before(implementation: Any, device: str, number: int) -> None:
     chance, generator = random.Random(number), torch.Generator().manual_seed(number)
     dtype, num_slots = chance.choice(DTYPES), chance.choice([8, 64, 400])
     shapes = [(chance.choice([1, 3]), chance.choice([32, 48, 80, 256])) for _ in range(chance.choice([1, 2]))]
-    pools = [
-        torch.randn(1, heads, num_slots, dim, generator=generator).to(device, dtype)
-        for heads, dim in shapes
-        for _ in range(chance.choice([2, 5]))
-    ]
-    places = chance.sample(range(num_slots), num_slots)  # slots of a sequence, in the order of its tokens
-    kept = sorted(chance.sample(range(1, num_slots), chance.randint(1, min(num_slots - 1, 150))))
+    places = chance.sample(range(num_slots), num_slots)
+    places = places[: chance.randint(2, num_slots)]  # slots of a sequence, in the order of its tokens; others hold NaN
+    kept = sorted(chance.sample(range(1, len(places)), chance.randint(1, min(len(places) - 1, 150))))
     source, target = [places[place] for place in kept], [places[new] for new in range(len(kept))]
+    pools = []
+    for heads, dim in (shape for shape in shapes for _ in range(chance.choice([2, 5]))):
+        pool = torch.full((1, heads, num_slots, dim), torch.nan)
+        pool[:, :, places] = torch.randn(1, heads, len(places), dim, generator=generator)
+        pools.append(pool.to(device, dtype))
     expected = [pool.clone() for pool in pools]
     for pool in expected:
         pool[:, :, target] = pool[:, :, source].clone()
     implementation.move(pools, source, target)
     for pool, right in zip(pools, expected, strict=True):
-        assert torch.equal(pool, right)
+        assert torch.equal(pool.nan_to_num(1e4), right.nan_to_num(1e4))
 
 
 def test_one_set_of_tables_serves_many_steps_at_the_same_addresses(seed: int) -> None:
