@@ -15,8 +15,9 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 PROGRAM = """
-import sys
+import contextlib, io, re, sys
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -28,24 +29,39 @@ class AbsentDevice:
 
 def compile_only(kernel, grid):
     def launch(*arguments, **options):
-        compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)
-        print(kernel.__name__, len(compiled.asm["cubin"]) > 0, compiled.metadata.shared)
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)
+        spilled = re.findall(r"(\\d+) bytes spill stores", log.getvalue())  # none where it has been compiled before
+        print(kernel.__name__, len(compiled.asm["cubin"]) > 0, compiled.metadata.shared, *spilled)
     return launch
 
 driver.set_active(AbsentDevice())
 JITFunction.__getitem__ = compile_only
+knobs.nvidia.dump_ptxas_log = True
 
-from kernel_cases import random_case
+from kernel_cases import Shape, random_case
 from hf_pearl.cache import kernels
+from hf_pearl.decoding import noise_kernels
 
-for seed, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)):
-    case = random_case(seed, dtype)
+def compile_step(case, *numbers_of_parts):
     kernels.store(*case.new, case.pools, case.tables)
     kernels.move(case.pools, [5, 9], [4, 5])
-    for num_parts in (1, 3):
+    for num_parts in numbers_of_parts:
         kernels.paged_attention(case.query, case.pools, case.tables, case.attention, None, num_parts)
+
+for seed, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)):
+    compile_step(random_case(seed, dtype), 1, 3)
+for group in (2, 4, 8):  # Qwen3's, of 0.6B, 8B and 32B
+    compile_step(random_case(group, torch.bfloat16, shape=Shape(1, 8, group, 128)), 3)
+    compile_step(random_case(group, torch.bfloat16, shape=Shape(64, 8, group, 128)), 1)
+compile_step(random_case(2, torch.float32, shape=Shape(64, 8, 4, 128)), 1)
+
+scores, rows = torch.zeros(3, 151_936), torch.zeros(3, 4, dtype=torch.int64)
+noise_kernels.noisy_scores(scores, rows)
+noise_kernels.noisy_max(scores, rows)
 """
 MAX_SHARED_BYTES = {80: 163 * 2**10, 90: 227 * 2**10}  # of a program, by compute capability
+MAX_SPILLED_BYTES = 256  # of a thread: what does not fit in its registers costs trips to memory in every round
 
 
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
@@ -66,6 +82,10 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(capability: int, tmp_path: P
         "move_kernel",
         "paged_attention_kernel",
         "merge_parts_kernel",
+        "noisy_scores_kernel",
     }
-    assert all(has_code == "True" for _, has_code, _ in compiled)
-    assert max(int(shared) for *_, shared in compiled) <= MAX_SHARED_BYTES[capability]
+    assert all(has_code == "True" for _, has_code, *_ in compiled)
+    assert max(int(shared) for _, _, shared, *_ in compiled) <= MAX_SHARED_BYTES[capability]
+    spilled = [(name, int(num_bytes)) for name, _, _, *known in compiled for num_bytes in known]
+    assert len(spilled) >= 20, "ptxas no longer says what it spills, or elsewhere"
+    assert [each for each in spilled if each[1] > MAX_SPILLED_BYTES] == []

@@ -31,6 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, *((torch.float64,) if IS
 MAX_HEAD_DIM = 256
 MAX_PARTS = 32
 MIN_TILE, MAX_ROWS = 16, 64  # what products of matrices take at least; rows of a tile of queries
+MAX_FLOAT32_ROWS = 16  # No tensor core multiplies these: more would not fit in registers, and be spilled to memory.
 MOVE_TILES = (4, 16, 64)  # tokens that one launch moves: few sizes, since each is compiled
 MAX_MOVES = MOVE_TILES[-1]
 PROGRAMS_PER_PROCESSOR = 2  # of a GPU, which contexts are split for
@@ -159,7 +160,8 @@ def _launch(
     dim_tiles = [max(MIN_TILE, triton.next_power_of_2(dim)) for dim in (heads.key_dim, heads.value_dim)]
     num_bytes = sum(dim_tiles) * heads.dtype.itemsize  # of a key and its value; a tile lies in the shared memory twice
     num_rows = bounds.max_queries * group
-    row_tile = max(MIN_TILE if num_rows <= MIN_TILE else MAX_ROWS, triton.next_power_of_2(group))
+    max_rows = MAX_FLOAT32_ROWS if heads.dtype == torch.float32 else MAX_ROWS
+    row_tile = max(MIN_TILE if num_rows <= MIN_TILE else max_rows, triton.next_power_of_2(group))
     constants = Constants(
         scaling=float(attention.scaling),
         softcap=float(attention.softcap or 0.0),
