@@ -37,9 +37,10 @@ LEAK_PATIENCE = 5.0  # seconds: a worker that was told to end needs a moment
 
 # Opened by libraries at any moment and kept: no lane opens them.
 LASTING_DESCRIPTORS = ("/dev/null", "/dev/urandom", "/dev/random", "/dev/pts/", "/dev/tty", "/proc/", "/sys/")
-# The driver of CUDA opens more of these as streams, events and pinned memory are made. Elsewhere they count: asyncio's
-# and our own event descriptors are of the second kind, too.
-CUDA_DESCRIPTORS = ("/dev/nvidia", "anon_inode:") if torch.cuda.is_available() else ()
+# The driver of CUDA opens more of these as streams, events and pinned memory are made, and so does its profiler as it
+# starts. Elsewhere they count: asyncio's and our own descriptors are of these kinds, too.
+CUDA_DESCRIPTORS = ("/dev/nvidia", "anon_inode:", "pipe:", "socket:", "/memfd:") if torch.cuda.is_available() else ()
+OWN_DESCRIPTORS = "/memfd:hf_pearl"  # Every worker process has some: where one is left behind, these tell everywhere.
 
 OPTIONAL_PACKAGES = ("hypothesis", "jupyter_core", "nbclient", "nbformat", "peft")
 MISSING = {name for name in OPTIONAL_PACKAGES if importlib.util.find_spec(name) is None}
@@ -169,7 +170,7 @@ def held_descriptors() -> set[str]:
             target = os.readlink(folder / name)
         except OSError:  # closed since, as the listing's own descriptor is
             continue
-        if not target.startswith(LASTING_DESCRIPTORS + CUDA_DESCRIPTORS):
+        if target.startswith(OWN_DESCRIPTORS) or not target.startswith(LASTING_DESCRIPTORS + CUDA_DESCRIPTORS):
             descriptors.add(f"{name} -> {target}")
     return descriptors
 
