@@ -45,7 +45,8 @@ def undo_capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device, h
         torch._C._cuda_endAllocateToPool(device.index, pool)
         has_begun = True
     if has_begun:
-        torch._C._cuda_releasePool(device.index, pool)
+        with suppress(RuntimeError):  # It has no user any more, in a torch that does this itself.
+            torch._C._cuda_releasePool(device.index, pool)
     _heal_generator(device)
 
 
