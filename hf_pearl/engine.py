@@ -98,7 +98,7 @@ class PearlEngine:
             self._prepare_caches(target, draft, config)
             stats = PearlStats(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
             cache = self.caches["target"]
-            num_evicted = cache.statistics.evicted_blocks
+            num_evicted, num_warm_ups = cache.statistics.evicted_blocks, self.graphs.num_warm_ups
             requests = self._requests(target, prompts, rules, call_seed)
             target_lane = self._lane("target", target, config)
             with (
@@ -123,6 +123,7 @@ class PearlEngine:
                     self.learnt.warn_if_the_draft_rests()
             stats.evicted_blocks = cache.statistics.evicted_blocks - num_evicted
             stats.cached_blocks = cache.pool.num_cached
+            stats.warm_up_steps = self.graphs.num_warm_ups - num_warm_ups
             stats.target_seconds = sum(each.ended - each.started for each in stats.target_timeline)
             stats.total_seconds = time.perf_counter() - started
             return requests, stats

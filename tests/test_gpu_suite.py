@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import command_in_process
+from models import command_in_process, noisy_copy, tiny_model
 from strict_capture import use_twins
 
+from hf_pearl import disable, enable, release
 from hf_pearl.__main__ import main
+from hf_pearl.benchmark import Method, Workload
 from hf_pearl.benchmark.fill_in import filled_in
 from hf_pearl.benchmark.gpu import FULL, QUICK, Part, gpu_tables, run_parts
 from hf_pearl.benchmark.gpu.goals import goals
@@ -23,6 +26,8 @@ from hf_pearl.benchmark.gpu.shapes import QWEN3, Shape, random_model, shape_step
 from hf_pearl.benchmark.gpu.simulated import between, spread_over
 from hf_pearl.benchmark.gpu.steps import best_line, draft_steps, random_rows
 from hf_pearl.benchmark.gpu.suite import gpu_parts, measure_gpu
+from hf_pearl.benchmark.measurement import measure
+from hf_pearl.benchmark.methods import COLD, Setting
 from hf_pearl.cache import backends, torch_kernels
 from hf_pearl.decoding.messages import TokenTree
 from hf_pearl.parallel.graphs import cuda_graphs
@@ -183,6 +188,26 @@ def test_steps_that_are_launched_together_are_measured(num_guesses: int, monkeyp
     model = random_model(QUICK.models["0.6B"].shape, CPU, torch.float32)
     figures = draft_steps(model, random_rows(1, 8, 96), num_guesses, 32, per_launch=4)
     assert figures["num_steps"] > 8 and figures["num_steps"] % 4 == 0 and figures["seconds"] > 0
+
+
+@pytest.mark.parametrize("warms_graphs", [True, False])
+def test_nothing_is_captured_while_a_pair_is_timed(warms_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the stand-in for captures; without the calls before, the timed ones would make them."""
+    use_twins(monkeypatch)
+    monkeypatch.setattr(cuda_graphs, "CAPTURED_FROM", 2)
+    monkeypatch.setattr(cuda_graphs, "capture_for", lambda device: RerunCapture())
+    monkeypatch.setattr(cuda_graphs, "FIRST_TOKENS", 1)
+    target = tiny_model("llama", 1, dtype=torch.float32)
+    draft, prompts = noisy_copy(target, 0.03, 2), (torch.tensor([[5, 9, 17, 3, 8, 30]]),)
+    engine = Method("engine", "", (Setting(replace(COLD, attention="triton")),), tries_threads=False)
+    methods = [Method("generate", "", (Setting(),), tries_threads=False), engine]
+    enable(target)
+    try:
+        measured = measure(Workload(target, draft, prompts, 40), methods, 1, warms_graphs=warms_graphs)
+    finally:
+        disable(target)
+        release(target)
+    assert (measured.result("engine").as_dict()["warm_up_steps"] == 0) == warms_graphs
 
 
 def test_rivals_are_measured(saved: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from .completion import Batch, Completion, Workload, complete
 from .methods import Method, Setting
 from .near_tie import first_difference, is_near_tie
 from .results import MethodResult
+from .warming import warm_graphs
 
 NUM_TRIALS = 2
 TRIAL_CALLS = 2
@@ -80,7 +81,9 @@ def reference_name(workload: Workload) -> str:
     return "engine" if workload.temperature else "generate"
 
 
-def measure(workload: Workload, methods: Sequence[Method], num_runs: int, advance: Advance = str) -> Measurement:
+def measure(
+    workload: Workload, methods: Sequence[Method], num_runs: int, advance: Advance = str, warms_graphs: bool = False
+) -> Measurement:
     """Measure every method `num_runs` times on every prompt, in turns.
 
     Every method has a draft of its own, with the same weights, and so an engine and a worker of its own: what one
@@ -90,11 +93,13 @@ def measure(workload: Workload, methods: Sequence[Method], num_runs: int, advanc
     ----------
     advance : callable
         Called with a method's name before it is warmed up, before each of its trials and before each of its calls.
+    warms_graphs : bool
+        Whether our methods are called before their trials until they capture no more CUDA graphs.
     """
     drafts = {each.name: workload.draft if each.runs_on_pair else sharing_copy(workload.draft) for each in methods}
     own = {name: replace(workload, draft=draft) for name, draft in drafts.items()}
     try:
-        results = _run_in_turns(own, methods, num_runs, advance)
+        results = _run_in_turns(own, methods, num_runs, advance, warms_graphs)
     finally:
         for draft in drafts.values():
             if draft is not workload.draft:
@@ -104,14 +109,14 @@ def measure(workload: Workload, methods: Sequence[Method], num_runs: int, advanc
 
 
 def _run_in_turns(
-    own: Mapping[str, Workload], methods: Sequence[Method], num_runs: int, advance: Advance
+    own: Mapping[str, Workload], methods: Sequence[Method], num_runs: int, advance: Advance, warms_graphs: bool
 ) -> dict[str, MethodResult]:
     """What every method did, by name, on the workload with its own draft."""
     chosen: dict[str, Setting] = {}
     results: dict[str, MethodResult] = {}
     for method in methods:
         try:
-            chosen[method.name] = choose(own[method.name], method, advance)
+            chosen[method.name] = choose(own[method.name], method, advance, warms_graphs and method.is_ours)
         except (ValueError, IndexError) as error:
             if method.is_ours or method.name == "generate":
                 raise
@@ -158,12 +163,14 @@ def thread_counts(device: torch.device, execution: str = "none") -> list[int]:
     return sorted({most, *(2**i for i in range(most.bit_length()) if 2**i < min(beside_draft, most))})
 
 
-def choose(workload: Workload, method: Method, advance: Advance = str) -> Setting:
+def choose(workload: Workload, method: Method, advance: Advance = str, warms_graphs: bool = False) -> Setting:
     """The fastest setting of a method: the best number of threads for its default, then the best of its variants."""
     default, *variants = method.candidates
-    workload = replace(workload, max_new_tokens=min(TRIAL_TOKENS, workload.max_new_tokens))
     advance(method.name)
     stats = warm_up(workload, default).stats
+    if warms_graphs:
+        warm_graphs(workload, method.candidates)
+    workload = replace(workload, max_new_tokens=min(TRIAL_TOKENS, workload.max_new_tokens))
 
     def seconds_per_token(setting: Setting) -> float:
         advance(method.name)

@@ -17,6 +17,7 @@ TOTALS = (
     "drafted_tokens",
     "accepted_tokens",
     "wasted_draft_tokens",
+    "warm_up_steps",
 )
 
 

@@ -48,6 +48,9 @@ class PearlStats:
         Blocks of the target's cache that were given up for their memory in this call, and those kept after it.
     preemptions : int
         Times that a row gave its memory to the others and was computed again.
+    warm_up_steps : int
+        Forwards of either lane that captured a CUDA graph, or were the first of their size, and took their time for
+        later ones; those of a draft in a process of its own are not known.
     judged_at, stood_at : list of int
         Of the draft tokens at each place of a window (0 is the first): how many were judged, and how many stood.
     target_seconds, draft_seconds, overlap_seconds : float
@@ -77,6 +80,7 @@ class PearlStats:
     evicted_blocks: int = 0
     cached_blocks: int = 0
     preemptions: int = 0
+    warm_up_steps: int = 0
     judged_at: list[int] = field(default_factory=list)
     stood_at: list[int] = field(default_factory=list)
     target_seconds: float = 0.0

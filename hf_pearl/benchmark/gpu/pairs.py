@@ -58,7 +58,7 @@ def measure_pair(
     workload = Workload(target, draft, prompts, asked.max_new_tokens, batch_size=asked.batch_size)
     enable(target)
     try:
-        measurement = measure(workload, methods(asked.batch_size), asked.num_runs)
+        measurement = measure(workload, methods(asked.batch_size), asked.num_runs, warms_graphs=True)
     finally:
         disable(target)
         release(target)

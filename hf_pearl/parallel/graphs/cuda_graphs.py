@@ -262,6 +262,12 @@ class LaneGraphs:
 
     def __init__(self) -> None:
         self._runners: dict[str, GraphRunner] = {}
+        self._num_forgotten = 0
+
+    @property
+    def num_warm_ups(self) -> int:
+        """Of every runner that there was."""
+        return self._num_forgotten + sum(runner.num_warm_ups for runner in self._runners.values())
 
     def runner(self, name: str, model: PreTrainedModel, cache: PagedPrefixCache) -> GraphRunner | None:
         """The runner of the lane `name`; None where nothing can be captured."""
@@ -276,10 +282,11 @@ class LaneGraphs:
 
     def forget(self, name: str) -> None:
         """Keep no runner of the lane `name`: its memory goes with its last user, a thread that was left behind."""
-        self._runners.pop(name, None)
+        runner = self._runners.pop(name, None)
+        self._num_forgotten += 0 if runner is None else runner.num_warm_ups
 
     def release(self) -> None:
         """Give everything back."""
-        for runner in self._runners.values():
+        for name, runner in list(self._runners.items()):
             runner.release()
-        self._runners.clear()
+            self.forget(name)
