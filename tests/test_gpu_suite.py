@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +15,17 @@ import pytest
 import torch
 from models import command_in_process, noisy_copy, tiny_model
 from strict_capture import use_twins
+from transformers import PreTrainedModel
 
 from hf_pearl import disable, enable, release
 from hf_pearl.__main__ import main
-from hf_pearl.benchmark import Method, Workload
+from hf_pearl.benchmark import Method, Workload, complete, measurement
 from hf_pearl.benchmark.fill_in import filled_in
-from hf_pearl.benchmark.gpu import FULL, QUICK, Part, gpu_tables, run_parts
+from hf_pearl.benchmark.gpu import FULL, QUICK, Part, attention, gpu_tables, models, run_parts
 from hf_pearl.benchmark.gpu.goals import goals
+from hf_pearl.benchmark.gpu.models import measure_model
 from hf_pearl.benchmark.gpu.observing import attention_among
-from hf_pearl.benchmark.gpu.parts import needed
+from hf_pearl.benchmark.gpu.parts import Attempts, failures, needed, omissions
 from hf_pearl.benchmark.gpu.shapes import QWEN3, Shape, random_model, shape_step_weights, step_weights
 from hf_pearl.benchmark.gpu.simulated import between, spread_over
 from hf_pearl.benchmark.gpu.steps import best_line, draft_steps, random_rows
@@ -29,6 +33,7 @@ from hf_pearl.benchmark.gpu.suite import gpu_parts, measure_gpu
 from hf_pearl.benchmark.measurement import measure
 from hf_pearl.benchmark.methods import COLD, Setting
 from hf_pearl.cache import backends, torch_kernels
+from hf_pearl.commands import gpu as commands_gpu
 from hf_pearl.decoding.messages import TokenTree
 from hf_pearl.parallel.graphs import cuda_graphs
 from hf_pearl.parallel.graphs.capture import RerunCapture
@@ -40,16 +45,16 @@ ALL_PARTS = [
     "steps, 8B",
     "pair 0.6B/8B, batch 1",
     "pair 0.6B/8B, batch 8",
+    "steps, 1.7B",
+    "static cache, compiled, 8B",
     "pair 0.6B/8B, batch 32",
     "steps, 32B",
-    "attention",
     "simulated 0.6B/8B",
-    "continuous batching, 8B",
-    "static cache, compiled, 8B",
-    "steps, 1.7B",
     "simulated 1.7B/32B",
-    "continuous batching, 0.6B",
+    "attention",
+    "continuous batching, 8B",
     "static cache, compiled, 0.6B",
+    "continuous batching, 0.6B",
 ]
 
 
@@ -80,7 +85,7 @@ class Time:
     def part(self, name: str, said: float, taken: float | None = None, error: Exception | None = None) -> Part:
         """A part that takes `taken` seconds, whatever it said."""
 
-        def measure(results: Any) -> dict[str, Any]:
+        def measure(results: Any, attempt: Attempts) -> dict[str, Any]:
             self.now += said if taken is None else taken
             if error is not None:
                 raise error
@@ -128,7 +133,7 @@ def test_a_part_that_fails_is_noted_and_the_next_ones_run() -> None:
 def test_what_was_measured_before_an_interrupt_is_saved() -> None:
     time, saves = Time(), []
 
-    def interrupt(results: Any) -> dict[str, Any]:
+    def interrupt(results: Any, attempt: Attempts) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -138,9 +143,46 @@ def test_what_was_measured_before_an_interrupt_is_saved() -> None:
 
 
 def test_a_part_says_which_other_one_it_needs() -> None:
-    part = Part("b", 1.0, lambda results: needed(results, "a"))
+    part = Part("b", 1.0, lambda results, attempt: needed(results, "a"))
     found, _, _ = run(Time(), part)
     assert found["failed"] == {"b": "NotMeasured: needs 'a', which was not measured"}
+
+
+def test_a_figure_that_fails_leaves_the_others() -> None:
+    """And one that would begin when all time is used up is left out; the one before was not cut short."""
+    time = Time()
+
+    def measure(results: Any, attempt: Attempts) -> dict[str, Any]:
+        def second() -> float:
+            time.now += 90.0
+            return 2.0
+
+        return {"figures": [attempt("zero", lambda: 1 / 0), attempt("one", second), attempt("two", second)]}
+
+    found, _, said = run(time, Part("a", 1.0, measure))
+    assert found["parts"]["a"] == {
+        "figures": [None, 2.0, None],
+        "failed": {"zero": "ZeroDivisionError: division by zero"},
+        "left_out": {"two": "no time was left"},
+        "seconds": 90.0,
+    }
+    assert said[1:] == ["a: zero: ZeroDivisionError: division by zero"]
+    assert list(failures(found)) == [("a: zero", "ZeroDivisionError: division by zero")]
+    assert list(omissions(found)) == [("a: two", "no time was left")]
+
+
+def test_a_second_run_fills_the_gaps_of_the_first() -> None:
+    """What is measured anew takes the place of what was known, of its error, too; all else stays."""
+    time = Time()
+    parts = time.part("a", 1), time.part("b", 1, error=ValueError("no")), time.part("c", 99), time.part("d", 1)
+    known, _, _ = run(time, *parts)
+    before = copy.deepcopy(known)
+    again = time.part("b", 2), time.part("c", 3), time.part("d", 1, error=ValueError("worse"))
+    found = run_parts(again, 60.0, str, str, time, known)
+    assert known == before
+    assert found["left_out"] == {} and found["failed"] == {"d": "ValueError: worse"}
+    assert found["parts"]["a"] == known["parts"]["a"] and found["parts"]["d"] == known["parts"]["d"]
+    assert found["parts"]["c"] == {"before": ["a", "d", "b"], "seconds": 3}
 
 
 # -- the suite ------------------------------------------------------------------------------------------------------
@@ -150,7 +192,7 @@ def test_what_the_goals_are_about_comes_first() -> None:
     names = [part.name for part in gpu_parts(FULL, CPU, torch.bfloat16)]
     assert names == ALL_PARTS
     seconds = [part.seconds for part in gpu_parts(FULL, CPU, torch.bfloat16)]
-    assert sum(seconds[: 1 + names.index("continuous batching, 8B")]) <= 60 * 7  # the default of `--minutes`
+    assert sum(seconds[: 1 + names.index("attention")]) <= 60 * 7  # the default of `--minutes`
     assert {name for pair in FULL.pairs for name in pair} == FULL.models.keys() == QWEN3.keys()
 
 
@@ -190,8 +232,8 @@ def test_steps_that_are_launched_together_are_measured(num_guesses: int, monkeyp
     assert figures["num_steps"] > 8 and figures["num_steps"] % 4 == 0 and figures["seconds"] > 0
 
 
-@pytest.mark.parametrize("warms_graphs", [True, False])
-def test_nothing_is_captured_while_a_pair_is_timed(warms_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unattended", [True, False])
+def test_nothing_is_captured_while_a_pair_is_timed(unattended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the stand-in for captures; without the calls before, the timed ones would make them."""
     use_twins(monkeypatch)
     monkeypatch.setattr(cuda_graphs, "CAPTURED_FROM", 2)
@@ -203,11 +245,36 @@ def test_nothing_is_captured_while_a_pair_is_timed(warms_graphs: bool, monkeypat
     methods = [Method("generate", "", (Setting(),), tries_threads=False), engine]
     enable(target)
     try:
-        measured = measure(Workload(target, draft, prompts, 40), methods, 1, warms_graphs=warms_graphs)
+        measured = measure(Workload(target, draft, prompts, 40), methods, 1, unattended=unattended)
     finally:
         disable(target)
         release(target)
-    assert (measured.result("engine").as_dict()["warm_up_steps"] == 0) == warms_graphs
+    assert (measured.result("engine").as_dict()["warm_up_steps"] == 0) == unattended
+
+
+def test_a_width_that_no_draft_step_has_leaves_the_other_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(model: PreTrainedModel, rows: Any, num_guesses: int, *more: int) -> dict[str, Any]:
+        if num_guesses == 4:
+            raise RuntimeError("none of 64 draft steps went over 4 guesses")
+        return draft_steps(model, rows, num_guesses, *more)
+
+    monkeypatch.setattr(models, "draft_steps", refusing)
+    attempts, model = Attempts(math.inf), QUICK.models["0.6B"]
+    figures = measure_model(model.shape, True, QUICK.sizes, CPU, torch.float32, 1e9, attempts)
+    assert [each["guesses"] for each in figures["draft_steps"]] == [1, 3]
+    assert len(figures["target_steps"]) == len(figures["token_seconds"]) == 4
+    assert set(attempts.failed) == {f"draft step, batch 1, 4 guesses, {num} to a launch" for num in (1, 4)}
+
+
+def test_attention_that_sdpa_cannot_do_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("No available kernel.")
+
+    monkeypatch.setattr(attention, "_sdpa", refuse)
+    attempts, shape, case = Attempts(math.inf), QUICK.models["0.6B"].shape, QUICK.attention[0]
+    figures = attention.attention_figures(shape, case, CPU, torch.float32, 1e9, 1, attempts)
+    assert figures["sdpa_seconds"] is None and figures["paged_seconds"] > 0
+    assert attempts.failed == {"SDPA, 1 rows, 1 queries behind 32": "RuntimeError: No available kernel."}
 
 
 def test_rivals_are_measured(saved: dict[str, Any]) -> None:
@@ -232,6 +299,9 @@ def test_pairs_give_the_same_output_by_every_method(saved: dict[str, Any]) -> No
         assert (part["target"]["num_layers"], part["draft"]["num_layers"]) == (19, 3)
         assert part["target"]["num_weights"] == pytest.approx(9_000_000, rel=1e-3)
         assert part["workload"]["batch_size"] == batch_size
+        assert part["wrong"] == {} and all(each.get("warm_up_steps", 0) == 0 for each in part["methods"])
+        assert [each["model"] for each in part["own_steps"]] == ["draft", "target"]
+        assert all(each["seconds"] > 0 and each["bound_seconds"] > 0 for each in part["own_steps"])
 
 
 def test_more_gpus_are_simulated_and_marked_so(saved: dict[str, Any]) -> None:
@@ -243,7 +313,8 @@ def test_more_gpus_are_simulated_and_marked_so(saved: dict[str, Any]) -> None:
 def test_the_tables_show_all_of_it(saved: dict[str, Any], tmp_path: Path) -> None:
     text = gpu_tables(saved)
     assert "these figures mean nothing" in text and "**Goals**" not in text
-    for title in ("Steps", "What ran", "One model", "Attention, µs a layer", "Simulated: over `generate`"):
+    titles = "Steps", "What ran", "One model", "Attention, µs a layer", "The pairs' own steps"
+    for title in (*titles, "Simulated: over `generate`"):
         assert f"**{title}**" in text
     assert "Pair 0.6B/8B, batch 2" in text and "continuous batching" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -270,17 +341,30 @@ def test_a_run_that_measured_nothing_has_its_tables_too() -> None:
 )
 def test_goals_are_met_up_to_their_limits(slower: float, expected: list[bool]) -> None:
     bound = 1e-3
-    draft = {"bound_seconds": bound, "draft_steps": [_step(1, 0.5e-3), _step(8, slower * 1.699e-3)]}
+    draft: dict[str, Any] = {"bound_seconds": bound, "draft_steps": [_step(1, 0.5e-3), _step(8, slower * 1.699e-3)]}
     draft["draft_steps"].append({**_step(32, 1.0), "requests": 32})
+    draft["chained_steps"] = []
     target = {"bound_seconds": bound, "target_steps": [{"rows": 1, "tokens": 1, "seconds": slower * 1.249e-3}]}
     rates = {"generate": 10.0, "assisted": 16.0, "pearl": 50.1 / slower}
-    pair = {"methods": [{"name": name, "tokens_per_second": rate} for name, rate in rates.items()]}
-    parts = {"steps, 0.6B": draft, "steps, 8B": target, "pair 0.6B/8B, batch 1": pair}
+    methods = [{"name": name, "tokens_per_second": rate} for name, rate in rates.items()]
+    own_steps = [{"model": "target", "seconds": 1.3e-3, "bound_seconds": bound}]
+    pair = {"methods": methods, "own_steps": own_steps, "wrong": {}}
+    parts: dict[str, Any] = {"steps, 0.6B": draft, "steps, 8B": target, "pair 0.6B/8B, batch 1": pair}
     assert [goal.is_met for goal in goals({"parts": parts})] == expected
     assert [goal.is_met for goal in goals({"parts": {}})] == [None] * 4
+    draft["chained_steps"] = [{**_step(8, 1.6e-3), "per_launch": 4}, {**_step(1, None), "per_launch": 4}]
+    assert goals({"parts": parts})[0].is_met  # The engine launches them together where that is faster.
+    del draft["draft_steps"][1], draft["chained_steps"][0]
+    assert goals({"parts": parts})[0].measured == "0.500 ms, limit 1.700 ms, but no more than 1 guesses were measured"
+    own_steps[0]["seconds"] = 1.4e-3
+    assert [goal.is_met for goal in goals({"parts": parts})[2:]] == [None, None]
+    assert goals({"parts": parts})[2].measured.endswith("x, not comparable: its target's step takes 1.40x its bound")
+    pair["wrong"] = {"pearl": "wrong: 1 texts differ from those of generate"}
+    assert [(goal.measured, goal.is_met) for goal in goals({"parts": parts})[2:]] == [("wrong: pearl", False)] * 2
+    assert [what for what, _ in failures({"parts": parts, "failed": {}})] == ["pair 0.6B/8B, batch 1: pearl"]
 
 
-def _step(num_guesses: int, seconds: float) -> dict[str, Any]:
+def _step(num_guesses: int, seconds: float | None) -> dict[str, Any]:
     return {"requests": 1, "guesses": num_guesses, "seconds": seconds}
 
 
@@ -338,6 +422,10 @@ def test_the_likeliest_line_follows_the_first_child_of_each_guess() -> None:
         (("--device", "cpu"), "add --quick"),
         (("--quick", "--device", "cpu", "--draft", "x"), "no options of --suite h200"),
         (("--quick", "--device", "cpu", "--minutes", "0"), "must be a number from 1"),
+        (
+            ("--quick", "--device", "cpu", "--only", "steps, 32B"),
+            '--only "steps, 32B": the parts are "copy bandwidth", ',
+        ),
         (("--quick", "--device", "cpu", "--batch-size", "2"), "--batch-size is an option of --suite generation"),
     ],
 )
@@ -347,3 +435,70 @@ def test_options_that_cannot_be_followed_are_refused(
     with pytest.raises(SystemExit):
         main(["bench", "--suite", "h200", *options])
     assert message in capsys.readouterr().err
+
+
+def test_only_fills_parts_into_the_file(
+    saved: dict[str, Any], tmp_path: Path, own_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "h200.json"
+    first = copy.deepcopy(saved)
+    del first["parts"]["attention"]
+    first["left_out"] = {"attention": "no time"}
+    file.write_text(json.dumps(first))
+    command = ["bench", "--suite", "h200", "--quick", "--device", "cpu", "--json", str(file), "--only", "attention"]
+    assert main(command) == 0
+    filled = json.loads(file.read_text())
+    assert filled["left_out"] == {} and len(filled["parts"]["attention"]["cases"]) == len(QUICK.attention)
+    assert {**filled["parts"], "attention": None} == {**saved["parts"], "attention": None}
+    assert filled["command"] == saved["command"] and len(filled["filled_in_by"]) == 1
+    for content, message in (({**filled, "dtype": "float16"}, "dtype was float16"), ({}, "holds no figures")):
+        file.write_text(json.dumps(content))
+        with pytest.raises(SystemExit):
+            main(command)
+        assert message in capsys.readouterr().err
+        assert json.loads(file.read_text()) == content
+
+
+def test_a_wrong_output_ends_with_an_error(
+    saved: dict[str, Any], own_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {name: copy.deepcopy(saved[name]) for name in ("parts", "failed", "left_out")}
+    monkeypatch.setattr(commands_gpu, "measure_gpu", lambda *_: found)
+    command = ["bench", "--suite", "h200", "--quick", "--device", "cpu"]
+    assert main(command) == 0
+    found["parts"]["pair 0.6B/8B, batch 2"]["wrong"] = {"engine": "wrong: 1 texts differ from those of generate"}
+    assert main(command) == 1
+    assert "| pair 0.6B/8B, batch 2: engine | wrong: 1 texts differ" in capsys.readouterr().out
+
+
+def test_a_method_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its trials or in the timed runs; but not where somebody looks on, who can mend it."""
+    target = tiny_model("llama", 1, dtype=torch.float32)
+    workload = Workload(target, noisy_copy(target, 0.03, 2), (torch.tensor([[5, 9, 17, 3]]),), 8)
+    engine = Method("engine", "", (Setting(COLD),), tries_threads=False)
+    methods = [
+        Method("generate", "", (Setting(),), tries_threads=False),
+        replace(engine, name="at once", candidates=(Setting(replace(COLD, cache_memory=1)),)),
+        replace(engine, name="later"),
+        engine,
+    ]
+    num_calls = Counter[str]()
+
+    def advance(name: str) -> None:
+        num_calls[name] += 1
+        monkeypatch.setattr(measurement, "complete", refuse if (name, num_calls[name]) == ("later", 2) else complete)
+
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    enable(target)
+    try:
+        measured = measure(workload, methods, 2, advance, unattended=True)
+        assert {each.name for each in measured.results if each.error} == {"at once", "later"}
+        assert measured.result("later").error == "OutOfMemoryError: CUDA out of memory."
+        assert len(measured.result("engine").runs) == 2
+        with pytest.raises(ValueError, match="cache_memory"):
+            measure(workload, methods[:2], 1)
+    finally:
+        disable(target)
+        release(target)

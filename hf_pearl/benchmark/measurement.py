@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..errors import first_line
 from ..parallel.cores import available_cores
 from ..registry import release
 from .completion import Batch, Completion, Workload, complete
@@ -82,7 +83,7 @@ def reference_name(workload: Workload) -> str:
 
 
 def measure(
-    workload: Workload, methods: Sequence[Method], num_runs: int, advance: Advance = str, warms_graphs: bool = False
+    workload: Workload, methods: Sequence[Method], num_runs: int, advance: Advance = str, unattended: bool = False
 ) -> Measurement:
     """Measure every method `num_runs` times on every prompt, in turns.
 
@@ -93,13 +94,14 @@ def measure(
     ----------
     advance : callable
         Called with a method's name before it is warmed up, before each of its trials and before each of its calls.
-    warms_graphs : bool
-        Whether our methods are called before their trials until they capture no more CUDA graphs.
+    unattended : bool
+        As on a GPU that is there but once: our methods are called before their trials until they capture no more CUDA
+        graphs; and any method but `generate` may fail, which is noted as its error.
     """
     drafts = {each.name: workload.draft if each.runs_on_pair else sharing_copy(workload.draft) for each in methods}
     own = {name: replace(workload, draft=draft) for name, draft in drafts.items()}
     try:
-        results = _run_in_turns(own, methods, num_runs, advance, warms_graphs)
+        results = _run_in_turns(own, methods, num_runs, advance, unattended)
     finally:
         for draft in drafts.values():
             if draft is not workload.draft:
@@ -109,28 +111,35 @@ def measure(
 
 
 def _run_in_turns(
-    own: Mapping[str, Workload], methods: Sequence[Method], num_runs: int, advance: Advance, warms_graphs: bool
+    own: Mapping[str, Workload], methods: Sequence[Method], num_runs: int, advance: Advance, unattended: bool
 ) -> dict[str, MethodResult]:
     """What every method did, by name, on the workload with its own draft."""
     chosen: dict[str, Setting] = {}
     results: dict[str, MethodResult] = {}
     for method in methods:
         try:
-            chosen[method.name] = choose(own[method.name], method, advance, warms_graphs and method.is_ours)
-        except (ValueError, IndexError) as error:
-            if method.is_ours or method.name == "generate":
+            chosen[method.name] = choose(own[method.name], method, advance, unattended and method.is_ours)
+        except Exception as error:
+            is_unsupported = not method.is_ours and isinstance(error, ValueError | IndexError)
+            if method.name == "generate" or not (unattended or is_unsupported):
                 raise
-            results[method.name] = MethodResult(method, error=str(error))  # What transformers does not support.
+            results[method.name] = MethodResult(method, error=str(error))
     runs: dict[str, list[list[Completion]]] = {name: [[] for _ in range(num_runs)] for name in chosen}
     turns = list(chosen)
     for run in range(num_runs):
         for batch in next(iter(own.values())).batches:
-            for name in turns:
+            for name in [each for each in turns if each not in results]:
                 advance(name)
-                runs[name][run].append(complete(own[name], chosen[name], batch))
+                try:
+                    runs[name][run].append(complete(own[name], chosen[name], batch))
+                except Exception as error:
+                    if name == "generate" or not unattended:
+                        raise
+                    method = next(each for each in methods if each.name == name)
+                    results[name] = MethodResult(method, error=f"{type(error).__name__}: {first_line(error)}")
             turns = [*turns[1:], turns[0]]  # Nobody always runs behind the same one.
     for method in methods:
-        if method.name in chosen:
+        if method.name not in results:
             results[method.name] = MethodResult(method, chosen[method.name], tuple(map(tuple, runs[method.name])))
     return results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from ...cache.attention import register
 from ...cache.sizing import DEFAULT_BLOCK_SIZE
 from ...cache.step import Attention, PagedStep
 from .observing import observe
-from .parts import Figures
+from .parts import Attempts, Figures
 from .shapes import Shape, shape_config
 from .timing import seconds_of
 
@@ -32,7 +33,13 @@ class Case(NamedTuple):
 
 
 def attention_figures(
-    shape: Shape, case: Case, device: torch.device, dtype: torch.dtype, bandwidth: float, num_runs: int
+    shape: Shape,
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    bandwidth: float,
+    num_runs: int,
+    attempt: Attempts,
 ) -> Figures:
     """Seconds of a layer's attention: all layers of a step are run, each with keys and values of its own, over their
     number, so that what a step prepares once counts once, and no layer's keys wait in the device's cache.
@@ -42,18 +49,32 @@ def attention_figures(
     bandwidth : float
         Bytes per second; the bound is reading all keys and values once.
     """
-    paged, sdpa = _paged(shape, case, device, dtype), _sdpa(shape, case, device, dtype)
+    name = f"{case.num_rows} rows, {case.num_new} queries behind {case.context}"
+    paged = attempt(f"paged, {name}", partial(_paged_figures, shape, case, device, dtype, num_runs))
+    sdpa = attempt(f"SDPA, {name}", partial(_sdpa_seconds, shape, case, device, dtype, num_runs))
     num_bytes = 2 * case.num_rows * case.length * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+    missing = {"attention": "-", "paged_seconds": None, "paged_device_seconds": None}
+    return {
+        **case._asdict(),
+        **(paged or missing),
+        "sdpa_seconds": sdpa,
+        "bound_seconds": num_bytes / bandwidth,
+    }
+
+
+def _paged_figures(shape: Shape, case: Case, device: torch.device, dtype: torch.dtype, num_runs: int) -> Figures:
+    paged = _paged(shape, case, device, dtype)
     observed = observe(paged, device)
     busy = observed.device_seconds
     return {
-        **case._asdict(),
         "attention": observed.attention,
         "paged_seconds": seconds_of(paged, device, num_runs) / shape.num_layers,
         "paged_device_seconds": None if busy is None else busy / shape.num_layers,
-        "sdpa_seconds": seconds_of(sdpa, device, num_runs) / shape.num_layers,
-        "bound_seconds": num_bytes / bandwidth,
     }
+
+
+def _sdpa_seconds(shape: Shape, case: Case, device: torch.device, dtype: torch.dtype, num_runs: int) -> float:
+    return seconds_of(_sdpa(shape, case, device, dtype), device, num_runs) / shape.num_layers
 
 
 def _paged(shape: Shape, case: Case, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from ...decoding.chaining import LENGTHS
-from .parts import Figures
+from .parts import Attempts, Figures
 from .rivals import ENGINE, GENERATE, STATIC, token_seconds
 from .shapes import Shape, random_model, step_weights
-from .steps import draft_steps, random_rows, target_steps
+from .steps import Rows, draft_steps, random_rows, target_steps
 
 
 class Sizes(NamedTuple):
@@ -42,7 +44,13 @@ class Sizes(NamedTuple):
 
 
 def measure_model(
-    shape: Shape, is_draft: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype, bandwidth: float
+    shape: Shape,
+    is_draft: bool,
+    sizes: Sizes,
+    device: torch.device,
+    dtype: torch.dtype,
+    bandwidth: float,
+    attempt: Attempts,
 ) -> Figures:
     """Steps of one model, and its seconds per token with `generate` and with our engine.
 
@@ -65,29 +73,47 @@ def measure_model(
         "target_steps": [],
     }
     if is_draft:
-        cases = [(batches[0], num) for num in sizes.guesses] + [(rows, len(rows)) for rows in batches[1:]]
-        figures["draft_steps"] = [draft_steps(model, rows, num, sizes.num_steps) for rows, num in cases]
-        figures["chained_steps"] = [
-            draft_steps(model, rows, num, sizes.num_steps, LENGTHS[0])
-            for rows, num in (cases[0], cases[len(sizes.guesses) - 1])
-        ]
+        figures |= _draft_figures(model, batches, sizes, attempt)
     for rows in batches:
         tokens = sizes.tokens if len(rows) == 1 else sizes.batch_tokens
-        steps, observed = target_steps(model, rows, tokens, sizes.num_runs)
-        figures["target_steps"] += steps
-        if len(rows) == 1:
+        steps = partial(target_steps, model, rows, tokens, sizes.num_runs, attempt)
+        made, observed = attempt(f"target steps, batch {len(rows)}", steps) or ([], None)
+        figures["target_steps"] += made
+        if len(rows) == 1 and observed is not None:
             figures["observed"] = observed.as_dict()
     figures["token_seconds"] = [
-        token_seconds(model, method, rows, sizes.new_tokens, sizes.num_runs)
+        each
         for rows in batches
         for method in (GENERATE, ENGINE)
+        for each in _token_seconds(model, method, rows, sizes, attempt)
     ]
     return figures
 
 
-def measure_rival(shape: Shape, method: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Figures:
+def _draft_figures(model: PreTrainedModel, batches: Sequence[Rows], sizes: Sizes, attempt: Attempts) -> Figures:
+    """Draft steps, one by one; of one row launched together, too."""
+
+    def made(rows: Rows, num_guesses: int, per_launch: int) -> Figures | None:
+        name = f"draft step, batch {len(rows)}, {num_guesses} guesses, {per_launch} to a launch"
+        return attempt(name, partial(draft_steps, model, rows, num_guesses, sizes.num_steps, per_launch))
+
+    cases = [(batches[0], num) for num in sizes.guesses] + [(rows, len(rows)) for rows in batches[1:]]
+    single = [made(rows, num, 1) for rows, num in cases]
+    chained = [made(batches[0], num, LENGTHS[0]) for num in sizes.guesses]
+    return {"draft_steps": [*filter(None, single)], "chained_steps": [*filter(None, chained)]}
+
+
+def _token_seconds(model: PreTrainedModel, method: str, rows: Rows, sizes: Sizes, attempt: Attempts) -> list[Figures]:
+    call = partial(token_seconds, model, method, rows, sizes.new_tokens, sizes.num_runs)
+    return [*filter(None, [attempt(f"{method}, batch {len(rows)}", call)])]
+
+
+def measure_rival(
+    shape: Shape, method: str, sizes: Sizes, device: torch.device, dtype: torch.dtype, attempt: Attempts
+) -> Figures:
     """Seconds per token of another method of transformers; for one row only where it would be compiled anew."""
     model = random_model(shape, device, dtype)
     batch_sizes = sizes.batch_sizes[:1] if method == STATIC else sizes.batch_sizes
     rows = [random_rows(size, sizes.prompt_tokens, shape.vocab_size) for size in batch_sizes]
-    return {"token_seconds": [token_seconds(model, method, each, sizes.new_tokens, sizes.num_runs) for each in rows]}
+    found = [_token_seconds(model, method, each, sizes, attempt) for each in rows]
+    return {"token_seconds": [each for made in found for each in made]}

@@ -23,7 +23,8 @@ from .timing import seconds_of
 
 GENERATE, ENGINE, STATIC, CONTINUOUS = "generate", "engine", "static cache, compiled", "continuous batching"
 BLOCKS_PER_ROW = 8  # of 256 tokens, in continuous batching
-COMPILED_WARM_UPS = 3  # A compiled forward is recorded as a CUDA graph in its second run.
+COMPILED_WARM_UPS = 3  # A compiled forward is recorded as a CUDA graph in its second run, as ours is.
+EAGER_RUNS = 2  # of what takes long, at most, and nearly the same every time
 
 
 def token_seconds(model: PreTrainedModel, method: str, rows: Rows, num_new_tokens: int, num_runs: int) -> Figures:
@@ -43,9 +44,9 @@ def token_seconds(model: PreTrainedModel, method: str, rows: Rows, num_new_token
     return {"method": method, "rows": len(rows), "seconds": seconds}
 
 
-def _generated(model: PreTrainedModel, rows: Rows, num_new_tokens: int, num_runs: int, **options: object) -> float:
-    call = partial(compat.original_generate(), model, **_inputs(model, rows, num_new_tokens), **options)
-    return _per_token(call, model, rows, num_new_tokens, num_runs)
+def _generated(model: PreTrainedModel, rows: Rows, num_new_tokens: int, num_runs: int) -> float:
+    call = partial(compat.original_generate(), model, **_inputs(model, rows, num_new_tokens))
+    return _per_token(call, model, rows, num_new_tokens, min(num_runs, EAGER_RUNS), num_warm_ups=1)
 
 
 def _on_our_engine(model: PreTrainedModel, rows: Rows, num_new_tokens: int, num_runs: int) -> float:
@@ -60,7 +61,9 @@ def _on_our_engine(model: PreTrainedModel, rows: Rows, num_new_tokens: int, num_
 
 
 def _with_static_cache(model: PreTrainedModel, rows: Rows, num_new_tokens: int, num_runs: int) -> float:
-    return _generated(model, rows, num_new_tokens, num_runs, cache_implementation="static")
+    inputs = _inputs(model, rows, num_new_tokens)
+    call = partial(compat.original_generate(), model, **inputs, cache_implementation="static")
+    return _per_token(call, model, rows, num_new_tokens, num_runs)
 
 
 def _in_continuous_batch(model: PreTrainedModel, rows: Rows, num_new_tokens: int, num_runs: int) -> float:
@@ -94,12 +97,17 @@ def _inputs(model: PreTrainedModel, rows: Rows, num_new_tokens: int) -> dict[str
 
 
 def _per_token(
-    call: Callable[[], torch.Tensor], model: PreTrainedModel, rows: Rows, num_new_tokens: int, num_runs: int
+    call: Callable[[], torch.Tensor],
+    model: PreTrainedModel,
+    rows: Rows,
+    num_new_tokens: int,
+    num_runs: int,
+    num_warm_ups: int = COMPILED_WARM_UPS,
 ) -> float:
     num_written = call().shape[1] - len(rows[0])
     if num_written != num_new_tokens:
         raise RuntimeError(f"{num_written} tokens were written instead of {num_new_tokens}")
-    return seconds_of(call, input_device(model), num_runs, COMPILED_WARM_UPS - 1) / num_new_tokens
+    return seconds_of(call, input_device(model), num_runs, num_warm_ups - 1) / num_new_tokens
 
 
 METHODS: dict[str, Callable[[PreTrainedModel, Rows, int, int], float]] = {

@@ -15,7 +15,7 @@ import torch
 from ...pair import load_demo_pair
 from ...simulate import Trace, record_traces, simulate
 from .pairs import texts
-from .parts import Figures
+from .parts import Figures, NotMeasured
 from .rivals import GENERATE
 
 TARGET_GPUS = (1, 2, 4)
@@ -36,13 +36,19 @@ def simulated_speed_ups(traces: Sequence[Trace], draft: Figures, target: Figures
     ----------
     draft, target : dict
         The measured figures of the two models, as `models.measure_model` makes them.
+
+    Raises
+    ------
+    NotMeasured
+        The draft's steps, the target's, or its time per token with `generate`, of one row, are missing.
     """
-    draft_step = between([(each["guesses"], each["seconds"]) for each in draft["draft_steps"] if each["requests"] == 1])
-    one_gpu = between([(each["tokens"], each["seconds"]) for each in target["target_steps"] if each["rows"] == 1])
-    per_token = next(
-        each["seconds"] for each in target["token_seconds"] if each["method"] == GENERATE and each["rows"] == 1
-    )
-    generate = per_token * sum(len(trace.guesses) for trace in traces)
+    drafted = [(each["guesses"], each["seconds"]) for each in draft["draft_steps"] if each["requests"] == 1]
+    verified = [(each["tokens"], each["seconds"]) for each in target["target_steps"] if each["rows"] == 1]
+    rates = [each for each in target["token_seconds"] if each["method"] == GENERATE and each["rows"] == 1]
+    if not (drafted and verified and rates):
+        raise NotMeasured("needs steps of both models and the time per token of `generate`, some of which failed")
+    draft_step, one_gpu = between(drafted), between(verified)
+    generate = rates[0]["seconds"] * sum(len(trace.guesses) for trace in traces)
     found = []
     for num_gpus in TARGET_GPUS:
         times = simulate(traces, draft_step, spread_over(num_gpus, one_gpu, target["bound_seconds"]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
@@ -21,7 +22,7 @@ from ...model_devices import input_device
 from ...parallel.graphs.cuda_graphs import make_runner
 from ...parallel.lane import ModelLane, output_vocab_size
 from .observing import Observed, observe
-from .parts import Figures
+from .parts import Attempts, Figures
 from .timing import seconds_of
 
 LAUNCHES_PER_VERDICT, MAX_STOOD = 4, 4
@@ -47,6 +48,8 @@ def make_lane(model: PreTrainedModel) -> ModelLane:
 
 def draft_steps(model: PreTrainedModel, rows: Rows, num_guesses: int, num_steps: int, per_launch: int = 1) -> Figures:
     """Draft steps over so many guesses, of one request or more: their median time, in seconds, and how many there were.
+
+    Beside it stands how long the device was busy in the last ones, per step; None where it is not known.
 
     Parameters
     ----------
@@ -75,6 +78,10 @@ def draft_steps(model: PreTrainedModel, rows: Rows, num_guesses: int, num_steps:
             verdicts += 1
             for request_id in range(len(rows)):
                 drafter.handle(Verdict(request_id, verdicts, best_line(drafter.token_tree(request_id))))
+        num_before = len(drafter.timeline)
+        busy = observe(lambda: [drafter.step(per_launch) for _ in range(LAUNCHES_PER_VERDICT)], lane.device)
+    watched = drafter.timeline[num_before:]
+    is_known = busy.device_seconds is not None and {each.num_guesses for each in watched} == {num_guesses}
     wide = [step for step in made[LAUNCHES_PER_VERDICT:] if step.num_guesses == num_guesses]
     if not wide and per_launch == 1:
         raise RuntimeError(f"none of {len(drafter.timeline)} draft steps went over {num_guesses} guesses")
@@ -84,6 +91,7 @@ def draft_steps(model: PreTrainedModel, rows: Rows, num_guesses: int, num_steps:
         "guesses": num_guesses,
         "per_launch": per_launch,
         "seconds": seconds,
+        "device_seconds": (busy.device_seconds or 0.0) / len(watched) if is_known else None,
         "num_steps": len(wide),
     }
 
@@ -114,15 +122,17 @@ class TargetSteps:
             Window(request_id, tuple(token_ids[-num_tokens:]), num_tokens)
             for request_id, token_ids in enumerate(self.rows)
         ]
-        chosen: list[int] = self.lane.forward(windows).argmax(dim=-1).tolist()
-        for request_id, token_ids in enumerate(self.rows):
-            self.lane.rollback(request_id, len(token_ids))
+        try:
+            chosen: list[int] = self.lane.forward(windows).argmax(dim=-1).tolist()
+        finally:
+            for request_id, token_ids in enumerate(self.rows):
+                self.lane.rollback(request_id, len(token_ids))
         return chosen
 
 
 def target_steps(
-    model: PreTrainedModel, rows: Rows, num_tokens: Sequence[int], num_runs: int
-) -> tuple[list[Figures], Observed]:
+    model: PreTrainedModel, rows: Rows, num_tokens: Sequence[int], num_runs: int, attempt: Attempts
+) -> tuple[list[Figures], Observed | None]:
     """Median seconds of target forwards over so many tokens a row; and what ran in the smallest of them."""
     lane = make_lane(model)
     device = lane.device
@@ -132,10 +142,17 @@ def target_steps(
         def step(num: int) -> Callable[[], list[int]]:
             return lambda: steps.step(num)
 
+        def name(num: int) -> str:
+            return f"target step, batch {len(rows)}, {num} tokens a row"
+
+        times = {num: attempt(name(num), partial(seconds_of, step(num), device, num_runs)) for num in num_tokens}
         figures = [
-            {"rows": len(rows), "tokens": num, "seconds": seconds_of(step(num), device, num_runs)} for num in num_tokens
+            {"rows": len(rows), "tokens": num, "seconds": seconds}
+            for num, seconds in times.items()
+            if seconds is not None
         ]
-        return figures, observe(step(min(num_tokens)), device)
+        least = min(num_tokens)
+        return figures, attempt(f"what runs in a {name(least)}", partial(observe, step(least), device))
 
 
 def random_rows(num_rows: int, length: int, vocab_size: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ The same code runs on a CPU with tiny shapes (`QUICK`), where its figures mean n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch
 from .attention import Case, attention_figures
 from .models import Sizes, measure_model, measure_rival
 from .pairs import Asked, Size, measure_pair
-from .parts import Figures, Part, Results, needed, run_parts
+from .parts import Attempts, Figures, Part, Results, needed, run_parts
 from .rivals import CONTINUOUS, STATIC
 from .shapes import QWEN3, Shape
 from .simulated import recorded, simulated_speed_ups
@@ -79,10 +79,10 @@ def _real_sizes() -> tuple[Size, Size]:
 FULL = Extent(
     copy_bytes=2**32,
     models={
-        "0.6B": Model(QWEN3["0.6B"], True, 35.0),
-        "8B": Model(QWEN3["8B"], False, 40.0),
-        "32B": Model(QWEN3["32B"], False, 60.0),
-        "1.7B": Model(QWEN3["1.7B"], True, 35.0),
+        "0.6B": Model(QWEN3["0.6B"], True, 30.0),
+        "8B": Model(QWEN3["8B"], False, 30.0),
+        "1.7B": Model(QWEN3["1.7B"], True, 30.0),
+        "32B": Model(QWEN3["32B"], False, 45.0),
     },
     pairs=(("0.6B", "8B"), ("1.7B", "32B")),
     rivals=("8B", "0.6B"),
@@ -117,10 +117,29 @@ def measure_gpu(
     minutes: float,
     save: Callable[[Figures], object],
     say: Callable[[str], object],
+    only: Collection[str] = (),
+    known: Figures | None = None,
 ) -> Figures:
-    """Measure what fits into the time, and save after every part; see `run_parts`."""
-    parts = [part._replace(seconds=extent.haste * part.seconds) for part in gpu_parts(extent, device, dtype)]
-    return run_parts(parts, 60.0 * minutes, save, say)
+    """Measure what fits into the time, and save after every part; see `run_parts`.
+
+    Parameters
+    ----------
+    only : collection of str
+        Names of the parts that are measured; all where there are none.
+    known : dict, optional
+        What an earlier run has found, which the others need, and which these are added to.
+    """
+    parts = [
+        part._replace(seconds=extent.haste * part.seconds)
+        for part in gpu_parts(extent, device, dtype)
+        if not only or part.name in only
+    ]
+    return run_parts(parts, 60.0 * minutes, save, say, known=known)
+
+
+def part_names(extent: Extent) -> list[str]:
+    """What can be measured alone, in the order in which all of it is."""
+    return [part.name for part in gpu_parts(extent, torch.device("cpu"), torch.float32)]
 
 
 def model_name(name: str) -> str:
@@ -141,23 +160,30 @@ def simulated_name(pair: tuple[str, str]) -> str:
 def gpu_parts(extent: Extent, device: torch.device, dtype: torch.dtype) -> Iterator[Part]:
     """The parts, the most important first: what the goals are about, then the rest.
 
-    By what they say to take, the time of the command's default ends with the first rival.
+    By what they say to take, the time of the command's default ends with attention; continuous batching and the rivals
+    of the draft are for a second run.
     """
-    yield Part(BANDWIDTH, 10.0, lambda _: {"bytes_per_second": copy_bandwidth(device, extent.copy_bytes, 10)})
+    yield Part(BANDWIDTH, 10.0, lambda *_: {"bytes_per_second": copy_bandwidth(device, extent.copy_bytes, 10)})
     first, *others = extent.pairs
+    rival, *other_rivals = extent.rivals
+    *small_batches, large_batch = extent.asked
     for name in first:
         yield _model_part(extent, name, device, dtype)
-    for number, asked in enumerate(extent.asked):
-        yield _pair_part(extent, asked, device, dtype, 40.0 if number else 90.0)
+    for number, asked in enumerate(small_batches):
+        yield _pair_part(extent, asked, device, dtype, 35.0 if number else 75.0)
+    for draft, _ in others:
+        yield _model_part(extent, draft, device, dtype)
+    yield _rival_part(extent, rival, STATIC, device, dtype)
+    yield _pair_part(extent, large_batch, device, dtype, 35.0)
     for _, target in others:
         yield _model_part(extent, target, device, dtype)
-    yield Part(ATTENTION, 30.0, partial(_attention, extent, device, dtype))
-    yield _simulated_part(extent, first, device, dtype)
-    yield from _rival_parts(extent, extent.rivals[:1], device, dtype)
-    for draft, target in others:
-        yield _model_part(extent, draft, device, dtype)
-        yield _simulated_part(extent, (draft, target), device, dtype)
-    yield from _rival_parts(extent, extent.rivals[1:], device, dtype)
+    for pair in extent.pairs:
+        yield _simulated_part(extent, pair, device, dtype)
+    yield Part(ATTENTION, 25.0, partial(_attention, extent, device, dtype))
+    yield _rival_part(extent, rival, CONTINUOUS, device, dtype)
+    for name in other_rivals:
+        for method in (STATIC, CONTINUOUS):
+            yield _rival_part(extent, name, method, device, dtype)
 
 
 def _bandwidth(results: Results) -> float:
@@ -167,38 +193,41 @@ def _bandwidth(results: Results) -> float:
 def _model_part(extent: Extent, name: str, device: torch.device, dtype: torch.dtype) -> Part:
     model = extent.models[name]
 
-    def measure(results: Results) -> Figures:
-        return measure_model(model.shape, model.is_draft, extent.sizes, device, dtype, _bandwidth(results))
+    def measure(results: Results, attempt: Attempts) -> Figures:
+        return measure_model(model.shape, model.is_draft, extent.sizes, device, dtype, _bandwidth(results), attempt)
 
     return Part(model_name(name), model.seconds, measure)
 
 
-def _rival_parts(extent: Extent, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Iterator[Part]:
-    def measure(name: str, method: str, _: Results) -> Figures:
-        return {"model": name, **measure_rival(extent.models[name].shape, method, extent.sizes, device, dtype)}
+def _rival_part(extent: Extent, name: str, method: str, device: torch.device, dtype: torch.dtype) -> Part:
+    def measure(_: Results, attempt: Attempts) -> Figures:
+        shape = extent.models[name].shape
+        return {"model": name, **measure_rival(shape, method, extent.sizes, device, dtype, attempt)}
 
-    for name in names:
-        for method, seconds in ((CONTINUOUS, 45.0), (STATIC, 75.0)):
-            yield Part(f"{method}, {name}", seconds, partial(measure, name, method))
+    return Part(f"{method}, {name}", 60.0 if method == STATIC else 40.0, measure)
 
 
 def _pair_part(extent: Extent, asked: Asked, device: torch.device, dtype: torch.dtype, seconds: float) -> Part:
-    def measure(_: Results) -> Figures:
-        return measure_pair(*extent.pair_sizes(), asked, device, dtype)
+    def measure(results: Results, attempt: Attempts) -> Figures:
+        bandwidth = _bandwidth(results) if BANDWIDTH in results else None
+        return measure_pair(*extent.pair_sizes(), asked, device, dtype, bandwidth, attempt)
 
     return Part(pair_name(extent.pairs[0], asked.batch_size), seconds, measure)
 
 
 def _simulated_part(extent: Extent, pair: tuple[str, str], device: torch.device, dtype: torch.dtype) -> Part:
-    def measure(results: Results) -> Figures:
+    def measure(results: Results, _: Attempts) -> Figures:
         draft, target = (needed(results, model_name(name)) for name in pair)
         traces = recorded(extent.traced.num_prompts, extent.traced.max_new_tokens, device, dtype)
         return {"simulated": simulated_speed_ups(traces, draft, target)}
 
-    return Part(simulated_name(pair), 30.0, measure)
+    return Part(simulated_name(pair), 15.0, measure)
 
 
-def _attention(extent: Extent, device: torch.device, dtype: torch.dtype, results: Results) -> Figures:
+def _attention(
+    extent: Extent, device: torch.device, dtype: torch.dtype, results: Results, attempt: Attempts
+) -> Figures:
     shape, bandwidth = extent.models[extent.pairs[0][1]].shape, _bandwidth(results)
     num_runs = extent.sizes.num_runs
-    return {"cases": [attention_figures(shape, case, device, dtype, bandwidth, num_runs) for case in extent.attention]}
+    figures = partial(attention_figures, shape, device=device, dtype=dtype, bandwidth=bandwidth, num_runs=num_runs)
+    return {"cases": [figures(case=case, attempt=attempt) for case in extent.attention]}

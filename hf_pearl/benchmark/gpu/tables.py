@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .goals import goals
-from .parts import Figures
+from .parts import Figures, failures, omissions
 
 QUICK_NOTE = "Tiny models, to see whether everything runs: these figures mean nothing."
 MET = {True: "met", False: "not met", None: "-"}
@@ -17,14 +17,15 @@ def gpu_tables(saved: Figures) -> str:
     models = {name.removeprefix("steps, "): part for name, part in parts.items() if "target_steps" in part}
     sections = [
         QUICK_NOTE if saved["is_quick"] else _goals(saved),
-        _section("Steps", ("model", "step", "rows", "size", "ms", "over the bound"), _steps(models)),
+        _section("Steps", STEPS, _steps(models)),
         _section("What ran", ("model", "attention", "CUDA graphs", "device busy, ms a step"), _observed(models)),
         _section("One model", ("model", "method", "rows", "ms per token", "over the bound"), _tokens(parts, models)),
         _section("Attention, µs a layer", ATTENTION, _attention(parts)),
         *(_pair(name, part) for name, part in parts.items() if "methods" in part),
+        _section("The pairs' own steps", ("pair", "step", "ms", "bound, ms", "over the bound"), _own_steps(parts)),
         _section("Simulated: over `generate`", SIMULATED, _simulated(parts)),
-        _section("Failed", ("part", "error"), saved["failed"].items()),
-        _section("Left out", ("part", "why"), saved["left_out"].items()),
+        _section("Failed", ("what", "error"), failures(saved)),
+        _section("Left out", ("what", "why"), omissions(saved)),
     ]
     bandwidth = parts.get("copy bandwidth")
     if bandwidth:
@@ -32,6 +33,7 @@ def gpu_tables(saved: Figures) -> str:
     return "\n\n".join(section for section in sections if section)
 
 
+STEPS = ("model", "step", "rows", "size", "ms", "over the bound", "device busy, ms")
 ATTENTION = ("rows", "context", "queries a row", "attention", "paged", "device", "SDPA", "bound")
 SIMULATED = ("pair", "GPUs", "no draft", "speculative", "lockstep", "PEARL", "bound")
 
@@ -57,11 +59,14 @@ def _steps(models: dict[str, Figures]) -> Iterable[Sequence[object]]:
             steps.append((kind, each["requests"], f"{each['guesses']} guesses", each))
         steps += [("target", each["rows"], f"{each['tokens']} tokens a row", each) for each in part["target_steps"]]
         for kind, rows, size, each in steps:
-            yield name, kind, rows, size, _ms(each["seconds"]), _times(each["seconds"], part["bound_seconds"])
+            over = _times(each["seconds"], part["bound_seconds"])
+            yield name, kind, rows, size, _ms(each["seconds"]), over, _ms(each.get("device_seconds"))
 
 
 def _observed(models: dict[str, Figures]) -> Iterable[Sequence[object]]:
     for name, part in models.items():
+        if "observed" not in part:
+            continue
         seen = part["observed"]
         yield name, seen["attention"], "yes" if seen["uses_graphs"] else "no", _ms(seen["device_seconds"])
 
@@ -90,13 +95,21 @@ def _pair(name: str, part: Figures) -> str:
             _times(rates[each["name"]], rates.get("generate")),
             _times(rates[each["name"]], rates.get("assisted")),
             "-" if not each.get("mean_accepted_tokens") else f"{each['mean_accepted_tokens']:.2f}",
+            each.get("warm_up_steps", "-"),
             each.get("error", ""),
         )
         for each in part["methods"]
     ]
     title = f"{name[0].upper()}{name[1:]}, the embedded pair's acceptance"
-    headings = ("method", "tokens/s", "over `generate`", "over `assisted`", "mean accepted tokens", "")
+    headings = ("method", "tokens/s", "over `generate`", "over `assisted`", "mean accepted tokens", "warm-up steps", "")
     return _section(title, headings, rows)
+
+
+def _own_steps(parts: dict[str, Figures]) -> Iterable[Sequence[object]]:
+    for name, part in parts.items():
+        for each in part.get("own_steps", ()):
+            seconds, bound = each["seconds"], each["bound_seconds"]
+            yield name.removeprefix("pair "), each["model"], _ms(seconds), _ms(bound), _times(seconds, bound)
 
 
 def _simulated(parts: dict[str, Figures]) -> Iterable[Sequence[object]]:
