@@ -1,4 +1,5 @@
-# Every target sets up what it needs, once: a stamp in the environment is renewed when pyproject.toml changes.
+# Every target sets up what it needs, once, and anew when pyproject.toml changes, or what is asked for: a stamp in the
+# environment is named after TORCH (OLDEST_TORCH), which is therefore the same in every call (export it).
 #   PYTHON  the interpreter the environments are made from (3.10 or later)
 #   TORCH   what pip installs as torch, before anything else; any build of your own will do (OLDEST_TORCH: likewise)
 #   ARGS    passed on to the program that a target runs: make demo ARGS="--temperature 1"
@@ -8,12 +9,16 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OLDEST_TORCH ?= torch==2.11.0
 OLDEST := transformers==5.17.0
+OLDEST_VERSIONS := torch 2.11 transformers 5.17
 ARGS ?=
 SHARD ?=
 
 VENV := .venv
 VENV_OLDEST := .venv-oldest
-STAMP := .stamp-installed
+# A name of letters and digits: what is asked for may be a URL or a file.
+named = .stamp-$(firstword $(shell printf '%s' '$(1)' | cksum))
+STAMP := $(call named,$(TORCH))
+STAMP_OLDEST := $(call named,$(OLDEST_TORCH) $(OLDEST))
 FAST := -m "not slow and not cuda"
 
 .DEFAULT_GOAL := help
@@ -53,7 +58,8 @@ test: $(VENV)/$(STAMP) ## lint, types, and the tests of every change
 test-all: $(VENV)/$(STAMP) ## every test, the big counts too; SHARD=i/n runs a part
 	HF_PEARL_SHARD=$(SHARD) $(VENV)/bin/python -m pytest $(ARGS)
 
-test-oldest: $(VENV_OLDEST)/$(STAMP) ## the tests on the oldest torch and transformers that we support
+test-oldest: $(VENV_OLDEST)/$(STAMP_OLDEST) ## the tests on the oldest torch and transformers that we support
+	@$(VENV_OLDEST)/bin/python -c "$$CHECK_VERSIONS" $(OLDEST_VERSIONS)
 	$(VENV_OLDEST)/bin/python -m pytest $(FAST) $(ARGS)
 
 format: $(VENV)/$(STAMP) ## sort imports, fix what can be fixed, lay out the code
@@ -63,18 +69,30 @@ format: $(VENV)/$(STAMP) ## sort imports, fix what can be fixed, lay out the cod
 pair: $(VENV)/$(STAMP) ## train the embedded pair again, into ./pair
 	$(VENV)/bin/python examples/train_pair.py $(ARGS)
 
-# $(1) the environment's folder, $(2) torch, $(3) what to install beside this package
+# Its arguments: a package, the version that must be installed of it, the next package, ...
+define CHECK_VERSIONS
+import sys
+from importlib.metadata import version
+wanted = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+wrong = [name for name in wanted if version(name).split(".")[:2] != wanted[name].split(".")]
+has = ", ".join(f"{name} {version(name)} instead of {wanted[name]}" for name in wrong)
+sys.exit(f"{sys.prefix} has {has}; remove this folder to have it set up anew, or name another OLDEST_TORCH" if wrong else 0)
+endef
+export CHECK_VERSIONS
+
+# $(1) the environment's folder, $(2) torch, $(3) what to install beside this package, $(4) the stamp
 define set_up
 @echo "== Setting up $(1): $(2), hf-pearl, its development tools $(3)"
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, this is %s; name another: make PYTHON=..." % sys.version.split()[0])'
 $(PYTHON) -m venv $(1)
+@rm -f $(1)/.stamp-*
 $(1)/bin/python -m pip install --disable-pip-version-check "$(2)"
 $(1)/bin/python -m pip install --disable-pip-version-check -e ".[dev]" $(3)
-@touch $(1)/$(STAMP)
+@touch $(1)/$(4)
 endef
 
 $(VENV)/$(STAMP): pyproject.toml
-	$(call set_up,$(VENV),$(TORCH))
+	$(call set_up,$(VENV),$(TORCH),,$(STAMP))
 
-$(VENV_OLDEST)/$(STAMP): pyproject.toml
-	$(call set_up,$(VENV_OLDEST),$(OLDEST_TORCH),"$(OLDEST)")
+$(VENV_OLDEST)/$(STAMP_OLDEST): pyproject.toml
+	$(call set_up,$(VENV_OLDEST),$(OLDEST_TORCH),"$(OLDEST)",$(STAMP_OLDEST))
