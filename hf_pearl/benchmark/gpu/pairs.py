@@ -22,7 +22,7 @@ from ..completion import Workload
 from ..heavier import heavier_to
 from ..measurement import measure
 from ..methods import DEMO, Method
-from .parts import Attempts, Figures
+from .parts import Attempts, Figures, free_memory
 from .shapes import Shape, shape_step_weights, step_weights
 from .steps import draft_steps, random_rows, target_steps
 
@@ -78,6 +78,7 @@ def measure_pair(
     prompts = tuple(tokenizer(text, return_tensors="pt").input_ids.to(device) for text in texts(asked.num_prompts))
     workload = Workload(target, draft, prompts, asked.max_new_tokens, batch_size=asked.batch_size)
     own_steps = _own_steps(draft, target, asked.batch_size, bandwidth, attempt)
+    free_memory()  # of the lanes that made them
     enable(target)
     try:
         measurement = measure(workload, methods(asked.batch_size), asked.num_runs, unattended=True)
