@@ -31,7 +31,6 @@ from .pair_checks import check_numbers, checked_models, checked_prompts
 from .parallel.lane import output_vocab_size
 
 DRAFT_LENGTHS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)  # as far as `PearlConfig` goes
-HOPELESS = 1.25  # times the best so far: longer ones are not tried
 
 
 class Trace(NamedTuple):
@@ -61,8 +60,10 @@ class SimulatedTimes(NamedTuple):
         The default of this package: free-running, with a tree.
     bound : float
         The draft is never waited for: the target always verifies just as many of its likeliest guesses as stand, and
-        nobody else takes time. No schedule of a single line is faster; the draft's second guesses, and text that is
-        looked up, may carry `pearl` beyond it.
+        nobody else takes time. No schedule of a single line is faster if a target forward over more tokens takes no
+        less time, and one over tokens together no more than several over parts of them. Where one takes more, short
+        windows, or none, may be faster. The draft's second guesses, and text that is looked up, may carry `pearl`
+        beyond it, too.
     """
 
     plain: float
@@ -239,13 +240,11 @@ def _timed(name: str, seconds: Any) -> Callable[[int], float]:
 
 
 def _best(seconds: Callable[[int], float]) -> tuple[float, int]:
-    """The least time of `DRAFT_LENGTHS`, and the length that it comes of."""
-    times: list[tuple[float, int]] = []
-    for length in DRAFT_LENGTHS:
-        times.append((seconds(length), length))
-        if times[-1][0] > HOPELESS * min(times)[0]:
-            break
-    return min(times)
+    """The least time of `DRAFT_LENGTHS`, and the length that it comes of.
+
+    All are tried: where a forward over two tokens takes much longer than one over one, only long ones gain.
+    """
+    return min((seconds(length), length) for length in DRAFT_LENGTHS)
 
 
 def _bound(trace: Trace, target_forward: Callable[[int], float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -142,14 +142,28 @@ def test_steps_are_narrower_where_width_costs_more(recorded: dict[float, list[Tr
     assert means[0] > 1.5 * means[1]
 
 
+LONG_FORWARDS = (lambda guesses: 1.0), (lambda tokens: 60.0)
+DEAR_SECOND_TOKEN = (lambda guesses: 0.05), (lambda tokens: 1.0 if tokens == 1 else 3.0)
+
+
 @pytest.mark.parametrize("overlap", [True, False])
-def test_the_best_fixed_length_is_the_best_of_all(overlap: bool) -> None:
-    """Also where it is long, and where lengths before it gain nothing."""
+@pytest.mark.parametrize(
+    "costs", [pytest.param(LONG_FORWARDS, id="long"), pytest.param(DEAR_SECOND_TOKEN, id="dear second token")]
+)
+def test_the_best_fixed_length_is_the_best_of_all(
+    costs: tuple[Callable[[int], float], Callable[[int], float]], overlap: bool
+) -> None:
+    """Also where it is long, and where lengths before it gain nothing, or lose."""
     trace = trace_of([True] * 60)
-    costs = (lambda guesses: 1.0), (lambda tokens: 60.0)
     times = hf_pearl.simulate([trace], *costs)
     runs = [simulate_run([trace.guesses], Costs(*costs), length, overlap).seconds for length in range(1, MAX_LINE + 1)]
     assert (times.lockstep if overlap else times.sequential) <= 1.05 * min(runs)
+
+
+def test_where_tokens_together_take_longer_the_bound_is_none() -> None:
+    """As `SimulatedTimes.bound` says: one forward over two tokens, or two over one each."""
+    times = hf_pearl.simulate([trace_of([True, False] * 5)], *DEAR_SECOND_TOKEN)
+    assert (times.plain, times.bound) == (10 * 1.0, 5 * 3.0)
 
 
 BAD_TRACES = [
