@@ -124,8 +124,13 @@ def record_traces(
 
 
 def generation_options(input_ids: torch.Tensor, max_new_tokens: int, temperature: float) -> dict[str, Any]:
-    """Arguments of `generate` that continue `input_ids`; all that is not said here is the model's default."""
-    options = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "max_new_tokens": max_new_tokens}
+    """Arguments of `generate` that continue `input_ids` and return token ids; the rest is the model's default."""
+    options = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "max_new_tokens": max_new_tokens,
+        "return_dict_in_generate": False,
+    }
     if not temperature:
         return {**options, "do_sample": False}
     return {**options, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -154,8 +159,13 @@ def trace_of(
     temperature: float,
     seed: int,
 ) -> Trace:
-    """What the draft would have guessed at each position of a text behind its first `num_prompt_tokens` tokens."""
-    logits = draft(torch.tensor([token_ids], device=input_device(draft))).logits[0]
+    """What the draft would have guessed at each position of a text behind its first `num_prompt_tokens` tokens.
+
+    A token that the draft cannot know is 0 to it, as it is to a draft lane.
+    """
+    vocab_size = draft.get_input_embeddings().num_embeddings
+    known_ids = [token_id if token_id < vocab_size else 0 for token_id in token_ids]
+    logits = draft(torch.tensor([known_ids], device=input_device(draft))).logits[0]
     prompt = torch.tensor([token_ids[:num_prompt_tokens]], device=input_device(target))
     options = generation_options(prompt, len(token_ids) - num_prompt_tokens, temperature)
     proposer = Proposer(output_vocab_size(target), draft_processors(_processors(target, options)))

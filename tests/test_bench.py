@@ -172,6 +172,22 @@ def test_tokens_are_counted_to_each_rows_own_end(pair: tuple[PreTrainedModel, Pr
     assert tuple(complete(alone, Setting(), batch).rows[0] for batch in alone.batches) == plain.rows
 
 
+def test_a_model_that_returns_a_dict_by_default_is_measured_like_others(
+    pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = Workload(*pair, prompts_of((5,)), max_new_tokens=8)
+    methods = [
+        method for method in METHODS if method.name in ("generate", "assisted, dynamic", "engine", "speculative")
+    ]
+
+    def rows() -> list[tuple[tuple[int, ...], ...]]:
+        return [complete(workload, method.candidates[0], workload.batches[0]).rows for method in methods]
+
+    expected = rows()
+    monkeypatch.setattr(workload.target.generation_config, "return_dict_in_generate", True)
+    assert rows() == expected
+
+
 def test_a_batch_is_padded_on_the_left(pair: tuple[PreTrainedModel, PreTrainedModel]) -> None:
     workload = Workload(*pair, prompts_of((2, 4, 3)), batch_size=2)
     assert [len(batch) for batch in workload.batches] == [2, 1]

@@ -60,11 +60,16 @@ def test_a_draft_that_is_the_target_is_always_right(temperature: float) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("draft_length", [1, 3])
-def test_a_recorded_trace_takes_as_many_forwards_as_the_call_itself(temperature: float, draft_length: int) -> None:
+@pytest.mark.parametrize("vocab_size", [pytest.param(64, id="same"), pytest.param(48, id="smaller")])
+def test_a_recorded_trace_takes_as_many_forwards_as_the_call_itself(
+    vocab_size: int, temperature: float, draft_length: int
+) -> None:
+    """Also where the target says tokens that the draft does not know."""
     target = tiny_model("qwen3", 1)
-    draft = noisy_copy(target, 0.05, 1)
+    draft = noisy_copy(target, 0.05, 1, vocab_size)
     trace = hf_pearl.record_traces(target, draft, [[5]], 60, temperature, seed=3)[0]
     assert 5 < sum(guess.stands for guess in trace.guesses) < 58
+    assert any((guess.token_id or 0) >= vocab_size for guess in trace.guesses) == (vocab_size < 64)
     costs = Costs(lambda _: 1.0, lambda _: 4.0)
     simulated = simulate_run([trace.guesses], costs, draft_length, overlap=False, prompts=[trace.prompt_ids]).stats
     config = PearlConfig(draft_length=draft_length, overlap=False, execution="inline", seed=3)
@@ -90,6 +95,13 @@ def test_recording_needs_no_enabled_model() -> None:
         assert len(hf_pearl.record_traces(target, target, [[5]], 4)[0].guesses) == 4
     finally:
         hf_pearl.enable()
+
+
+def test_a_model_that_returns_a_dict_by_default_is_recorded_like_others() -> None:
+    target = copy.deepcopy(tiny_model("llama", 1))
+    expected = hf_pearl.record_traces(target, target, [[5, 6, 7]], 8)
+    target.generation_config.return_dict_in_generate = True
+    assert hf_pearl.record_traces(target, target, [[5, 6, 7]], 8) == expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

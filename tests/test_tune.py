@@ -136,6 +136,12 @@ def test_every_figure_of_a_real_run_is_there(few_methods: None, capsys: pytest.C
     assert found.bound > 1.0
 
 
+def test_a_draft_with_a_smaller_vocabulary_is_measured_to_the_end(few_methods: None) -> None:
+    target, _ = pair()
+    found = hf_pearl.tune(target, noisy_copy(target, 0.03, 1, vocab_size=48), prompts(5, 9), max_new_tokens=12)
+    assert 0.0 < found.acceptance_rate < 1.0 and found.num_first_differences == 0
+
+
 @pytest.mark.parametrize("repeats_itself", [False, True])
 def test_an_untrained_draft_does_not_pay(monkeypatch: pytest.MonkeyPatch, repeats_itself: bool) -> None:
     """Even where a forward yields many tokens: they are looked up."""

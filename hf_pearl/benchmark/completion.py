@@ -59,7 +59,7 @@ class Workload:
         }
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
-        """The arguments of `generate` that all methods share."""
+        """The arguments of `generate` that all methods share; what is not said in any is the model's default."""
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature:
             sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
@@ -95,10 +95,10 @@ def complete(workload: Workload, setting: Setting, batch: Batch, streamer: Any =
     arguments = workload.arguments(batch) | dict(setting.arguments)
     if streamer is not None:
         arguments["streamer"] = streamer
-    # Said also where it is the default: a target of `launch` has others.
-    arguments |= {"assistant_model": workload.draft if setting.uses_draft else None, "pearl": False}
-    if setting.pearl is not None:
-        arguments |= {"pearl": replace(setting.pearl, seed=workload.seed), "return_dict_in_generate": True}
+    # Said also where it is the default: a target of `launch` has others, and a model's own config may have.
+    pearl = setting.pearl is not None and replace(setting.pearl, seed=workload.seed)
+    arguments |= {"assistant_model": workload.draft if setting.uses_draft else None, "pearl": pearl}
+    arguments |= {"return_dict_in_generate": setting.pearl is not None}
     torch.manual_seed(workload.seed)
     with (
         _threads(setting.num_threads),
