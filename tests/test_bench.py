@@ -21,7 +21,7 @@ from hf_pearl.__main__ import main
 from hf_pearl.benchmark import BENCH, Completion, Method, Workload, complete, measurement, near_tie, plot
 from hf_pearl.benchmark.fill_in import filled_in
 from hf_pearl.benchmark.grid_tables import summary_table, workload_table
-from hf_pearl.benchmark.measurement import WARM_UP, measure, num_calls
+from hf_pearl.benchmark.measurement import WARM_UP, measure, num_calls, sharing_copy
 from hf_pearl.benchmark.methods import COLD, OneLine, Setting, WithoutLookup
 from hf_pearl.commands import bench
 from hf_pearl.decoding.noise import request_seed
@@ -229,6 +229,40 @@ def test_methods_take_turns_and_learn_apart(pair: tuple[PreTrainedModel, PreTrai
     assert len(calls) == num_calls(workload, methods, 2) == 3 + 12
     assert [len(each.runs) for each in result.results] == [2, 2, 2]
     assert num_engines[-1] == num_engines[0] + 2
+
+
+def test_warming_up_leaves_the_positions_that_the_models_have() -> None:
+    target = tiny_model("gpt2", 1, max_position_embeddings=24)
+    workload = Workload(target, noisy_copy(target, 0.03, 2), prompts_of((16,)), max_new_tokens=8)
+    hf_pearl.enable(target)
+    try:
+        assert len(measurement.warm_up(workload, Setting()).rows[0]) == 8
+        ours = Setting(PearlConfig(execution="threads"), uses_draft=True)
+        assert len(measurement.warm_up(workload, ours).rows[0]) == 8
+    finally:
+        hf_pearl.disable(target)
+        hf_pearl.release(target)
+
+
+def test_warming_up_ends_where_the_draft_never_takes_part(
+    pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first token of every text ends it."""
+    num_calls_while_started = 0
+
+    def counted(workload: Workload, *rest: Any) -> Completion:
+        nonlocal num_calls_while_started
+        num_calls_while_started += not measurement._is_starting(workload.draft)
+        assert num_calls_while_started <= 20, "it waits for what does not come"
+        return complete(workload, *rest)
+
+    monkeypatch.setattr(measurement, "complete", counted)
+    workload = Workload(*pair, prompts_of((5,)), max_new_tokens=8)
+    ((first, *_),) = complete(workload, Setting(), workload.batches[0]).rows
+    monkeypatch.setattr(workload.target.generation_config, "eos_token_id", first)
+    setting = Setting(PearlConfig(execution="processes"), uses_draft=True)
+    assert measurement.warm_up(replace(workload, draft=sharing_copy(pair[1])), setting).rows == ((first,),)
+    assert num_calls_while_started
 
 
 def test_one_line_reaches_the_process_of_the_draft(

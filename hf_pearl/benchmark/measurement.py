@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import first_line
 from ..parallel.cores import available_cores
-from ..registry import release
+from ..registry import engines_of, release
 from .completion import Batch, Completion, Workload, complete
 from .methods import Method, Setting
 from .near_tie import first_difference, is_near_tie
@@ -24,6 +24,7 @@ NUM_TRIALS = 2
 TRIAL_CALLS = 2
 TRIAL_TOKENS = 32
 START_SECONDS = 30.0
+MAX_IDLE_CALLS = 16  # a call of two tokens is one decode step, and the first steps are made without the draft
 HOPELESS = 1.5  # times the best
 WARM_UP = (
     f"every method once, untimed, until its draft works; then every number of threads, and at the best one every draft "
@@ -199,15 +200,28 @@ def trial_batches(workload: Workload) -> tuple[Batch, ...]:
 
 
 def warm_up(workload: Workload, setting: Setting) -> Completion:
-    """Call `generate`; where the draft runs beside it, until it takes part: it may need seconds to start."""
-    workload = replace(workload, max_new_tokens=TRIAL_TOKENS)
+    """Call `generate`; where the draft runs beside it, until it takes part: it may need seconds to start.
+
+    Once it has started, `MAX_IDLE_CALLS` are enough: it never takes part where texts end with their first token, and
+    seldom where it is known not to pay.
+    """
+    workload = replace(workload, max_new_tokens=min(TRIAL_TOKENS, workload.max_new_tokens))
     batch: Batch = tuple(prompt[:, :16] for prompt in workload.batches[0])
-    deadline = time.monotonic() + START_SECONDS
+    deadline, num_idle = time.monotonic() + START_SECONDS, 0
     while True:
+        num_idle += not _is_starting(workload.draft)
         done = complete(workload, setting, batch)
         stats = done.stats
-        if stats is None or not setting.uses_draft or stats.draft_steps or time.monotonic() > deadline:
+        if stats is None or not setting.uses_draft or stats.draft_steps:
             return done
+        if num_idle >= MAX_IDLE_CALLS or time.monotonic() > deadline:
+            return done
+
+
+def _is_starting(draft: PreTrainedModel) -> bool:
+    """Whether a process that is to run a draft is not ready yet."""
+    workers = [engine.workers.worker for engine in engines_of(draft)]
+    return any(worker is not None and worker.is_alive and not worker.is_ready for worker in workers)
 
 
 def _fastest(candidates: Sequence[Setting], seconds_per_token: Callable[[Setting], float]) -> Setting:
