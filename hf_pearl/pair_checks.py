@@ -15,6 +15,7 @@ from .models import unwrap
 from .parallel.ranks.models import check_whole
 
 MAX_PADDING = 1024  # entries by which vocabularies of one tokenizer differ at most: they are padded to multiples
+LEAST_TEMPERATURE = 1e-6  # Logits over less may overflow; the noise is long lost in their rounding then.
 _CURE = "Pass token ids, such as `[tokenizer(text).input_ids for text in texts]`."
 
 
@@ -108,5 +109,7 @@ def check_numbers(max_new_tokens: Any, batch_size: Any, temperature: Any, seed: 
             raise ValueError(f"`{name}` must be from {least} to 2**63 - 1, got {value}.")
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"`temperature` must be a number, got {temperature!r}.")
-    if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"`temperature` must be 0 (greedy) or positive and finite, got {temperature}.")
+    if temperature != 0.0 and not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(
+            f"`temperature` must be 0 (greedy), or at least {LEAST_TEMPERATURE:g} and finite, got {temperature}."
+        )

@@ -18,11 +18,22 @@ from transformers import PreTrainedModel
 import hf_pearl
 from hf_pearl import PearlConfig
 from hf_pearl.__main__ import main
-from hf_pearl.benchmark import BENCH, Completion, Method, Workload, complete, measurement, near_tie, plot
+from hf_pearl.benchmark import (
+    BENCH,
+    Completion,
+    Method,
+    Workload,
+    complete,
+    measurement,
+    near_tie,
+    plot,
+    sampling_suite,
+)
 from hf_pearl.benchmark.fill_in import filled_in
 from hf_pearl.benchmark.grid_tables import summary_table, workload_table
 from hf_pearl.benchmark.measurement import WARM_UP, measure, num_calls, sharing_copy
 from hf_pearl.benchmark.methods import COLD, OneLine, Setting, WithoutLookup
+from hf_pearl.benchmark.recording import write_json
 from hf_pearl.commands import bench
 from hf_pearl.decoding.noise import request_seed
 from hf_pearl.parallel.workers.records import BeginCall, Message
@@ -304,6 +315,10 @@ def test_without_lookup_nothing_is_looked_up(
         pytest.param(["--batch-size", "0"], "must be a positive integer, got '0'", id="no-batch"),
         pytest.param(["--target-cost", "0.5"], "must be a number from 1, got '0.5'", id="lighter"),
         pytest.param(["--json-folder", "no/such/folder"], "must be a folder that exists", id="folder"),
+        pytest.param(["--json-folder", "/proc"], "cannot be written to, got '/proc'", id="unwritable-folder"),
+        pytest.param(["--temperature", "0.7", "0", "0.70"], "--temperature: each value once", id="temperature-twice"),
+        pytest.param(["--target-cost", "3", "3.0000001"], "six digits; got 3 twice", id="nearly-one-cost"),
+        pytest.param(["--batch-size", "2", "2"], "--batch-size: each value once", id="batch-twice"),
         pytest.param(["--temperature", "0", "-1"], "must be a number from 0, got '-1'", id="cold"),
         pytest.param(["--plot", "plot.png"], "--plot plot.png: a plot needs matplotlib", id="plot"),
     ],
@@ -316,6 +331,48 @@ def test_a_wrong_option_is_named(
         main(options(folder, *more))
     assert stop.value.code == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_figures_are_written_in_one_move(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "figures.json"
+    write_json(file, {"old": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(file, {"new": float("nan")})
+    assert json.loads(file.read_text()) == {"old": 1}
+    held = file.open()  # Who reads the old ones goes on to do so.
+    write_json(file, {"new": 2})
+    assert (json.loads(file.read_text()), json.load(held)) == ({"new": 2}, {"old": 1})
+    held.close()
+    assert list(tmp_path.iterdir()) == [file]
+    write_json(Path("/dev/stdout"), {"shown": 3})
+    assert json.loads(capfd.readouterr().out) == {"shown": 3}
+
+
+def test_an_interrupted_sampling_suite_leaves_the_old_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "sampling.json"
+    file.write_text("old")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampling_suite, "load_demo_pair", lambda device: interrupted())
+    monkeypatch.setattr(sys, "argv", ["sampling_suite", "--json", str(file)])
+    with pytest.raises(KeyboardInterrupt):
+        sampling_suite.main()
+    assert file.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("cache", "--runs", "3"), ("cache", "--batch-size", "1"), ("h200", "--steps", "20"), ("generation", "--quick")],
+)
+def test_an_option_of_another_suite_is_refused_also_where_it_changes_nothing(
+    capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--suite", *more])
+    assert stop.value.code == 2
+    assert f"{more[1]} is an option of --suite" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_target_that_cannot_be_heavier_is_named(

@@ -142,6 +142,8 @@ def test_only_so_many_prompts_are_taken_evenly_spread(folders: Folders) -> None:
         pytest.param(["--max-new-tokens", "many"], "must be a positive integer, got 'many'", id="no-number"),
         pytest.param(["--temperature", "-1"], "must be a number from 0, got '-1'", id="cold"),
         pytest.param(["--temperature", "nan"], "must be a number from 0, got 'nan'", id="nan"),
+        pytest.param(["--temperature", "1e-40"], "must be 0 (greedy) or at least 1e-06, got '1e-40'", id="nearly-0"),
+        pytest.param(["--num-prompts", "4"], "--num-prompts 4: --prompt is one", id="one-prompt"),
         pytest.param(["--seed", "-3"], "must be an integer from 0", id="negative-seed"),
         pytest.param(["--dtype", "int8"], "--dtype", id="dtype"),
         pytest.param(["--device", "abacus"], "--device abacus", id="device"),

@@ -34,7 +34,8 @@ def test_the_command_measures_and_its_table_can_be_filled_in(
     methods = [method for method in handover_suite.METHODS if method.name in ("generate", "inline", "threads")]
     monkeypatch.setattr(bench, "METHODS", methods)
     monkeypatch.setattr(handover_suite, "EXECUTIONS", ("threads",))
-    options = [*saved_pair(tmp_path), "--steps", "5", "--runs", "3", "--json", str(tmp_path / "handover.json")]
+    files = ["--json", str(tmp_path / "handover.json"), "--markdown", str(tmp_path / "handover.md")]
+    options = [*saved_pair(tmp_path), "--steps", "5", "--runs", "3", *files]
     with enabled_for_tiny_models():
         assert main(["bench", "--suite", "handover", *options]) == 0
     saved = json.loads((tmp_path / "handover.json").read_text())
@@ -45,8 +46,16 @@ def test_the_command_measures_and_its_table_can_be_filled_in(
     assert (saved["num_steps"], saved["num_runs"], saved["same_output"]) == (5, 3, True)
     table = handover_table(saved)
     assert table in capsys.readouterr().out
+    assert (tmp_path / "handover.md").read_text() == f"{table}\n"
     mark = "<!-- table: handover.json -->\n\n{}\n\n<!-- end -->\n"
     assert filled_in(mark.format("| old |"), tmp_path) == mark.format(table)
+
+
+def test_percentiles_need_two_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--suite", "handover", *saved_pair(tmp_path), "--steps", "1"])
+    assert stop.value.code == 2
+    assert "--steps 1: --suite handover takes percentiles of at least 2" in " ".join(capsys.readouterr().err.split())
 
 
 def test_one_workload_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

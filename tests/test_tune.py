@@ -376,6 +376,7 @@ def test_a_draft_that_does_not_pay_is_told_why(times: SimulatedTimes, draft_step
         pytest.param({"batch_size": 0}, ValueError, "`batch_size` .* got 0", id="no-row"),
         pytest.param({"batch_size": 2}, ValueError, "`batch_size` must divide .* 2 for 1", id="no-whole-batch"),
         pytest.param({"temperature": -1.0}, ValueError, "`temperature` .* got -1.0", id="cold"),
+        pytest.param({"temperature": 1e-40}, ValueError, "`temperature` .* at least 1e-06 .* got 1e-40", id="nearly-0"),
         pytest.param({"temperature": float("nan")}, ValueError, "`temperature` .* got nan", id="nan"),
         pytest.param({"temperature": "hot"}, TypeError, "`temperature` .* 'hot'", id="hot"),
         pytest.param({"seed": -1}, ValueError, "`seed` .* got -1", id="seed"),
@@ -429,6 +430,18 @@ def test_the_command_prints_the_report(few_methods: None, saved: list[str], caps
     assert "Measured on 3 prompts, 3 per call, up to 12 new tokens, temperature 0.5." in said.out
     assert "target.generate(**inputs" in said.out
     assert "measuring" in said.err
+
+
+@pytest.mark.parametrize("command", ["tune", "demo", "bench"])
+def test_the_commands_refuse_a_draft_that_cannot_be_one_in_a_line(
+    saved: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    tiny_model("llama", 2, vocab_size=2000).save_pretrained(tmp_path / "draft")
+    with pytest.raises(SystemExit) as stop:
+        main([command, *saved[1:]])
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert f"--draft {tmp_path / 'draft'}: `draft` must have the vocabulary of `target`, which has 64 tokens" in line
 
 
 def test_the_command_refuses_a_batch_that_is_not_whole(saved: list[str], capsys: pytest.CaptureFixture[str]) -> None:

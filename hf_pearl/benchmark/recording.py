@@ -1,9 +1,12 @@
-"""A measurement under a progress bar, and all that a saved one says."""
+"""A measurement under a progress bar, all that a saved one says, and its file."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +50,22 @@ def described(device: torch.device) -> dict[str, Any]:
         "machine": describe_machine(device),
         "versions": describe_versions(),
     }
+
+
+def write_json(path: Path, saved: dict[str, Any]) -> None:
+    """Write figures to a file, in one move: whatever comes between, it holds the old ones or all of the new."""
+    text = json.dumps(saved, indent=2, allow_nan=False) + "\n"
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/stdout
+        path.write_text(text, "utf-8")
+        return
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(text, "utf-8")
+        part.replace(path)
+    except PermissionError:  # A file may be open to us in a folder that is not.
+        path.write_text(text, "utf-8")
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def describe_model(model: PreTrainedModel) -> str:

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..commands.option_types import writable_file
 from ..config import PearlConfig
 from ..decoding.noise import ACCEPT_STREAM, DRAFT_STREAM, RESIDUAL_STREAM, SHARED_STREAM, gumbel_noise, request_seed
 from ..decoding.rejection import correct, stands
@@ -27,6 +28,7 @@ from ..enabling import disable, enable
 from ..pair import PROMPTS, load_demo_pair
 from ..registry import release
 from .machine import describe_machine, describe_versions
+from .recording import write_json
 from .sampling_table import FORESEEN, sampling_table
 
 TEMPERATURES = (0.3, 0.7, 1.0)
@@ -203,7 +205,7 @@ def _row(
 def main() -> None:
     """Measure, print the table, and write the figures where the options say."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", metavar="FILE", type=argparse.FileType("w"), help="write the figures to FILE, too")
+    parser.add_argument("--json", metavar="FILE", type=writable_file, help="write the figures to FILE, too")
     args = parser.parse_args()
     target, draft, tokenizer = load_demo_pair(torch.device("cpu"))
     texts = [json.loads(line)["turns"][0] for line in PROMPTS.read_text("utf-8").splitlines()]
@@ -232,7 +234,7 @@ def main() -> None:
     }
     print(sampling_table(figures))
     if args.json is not None:
-        args.json.write(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from ..benchmark.cache_table import cache_table
 from ..benchmark.efficiency_suite import measure_efficiency, num_profiles
 from ..benchmark.efficiency_table import efficiency_table
 from ..benchmark.grid_tables import summary_table, title, titled_tables
-from ..benchmark.handover_suite import METHODS, measure_handovers
+from ..benchmark.handover_suite import METHODS, MIN_STEPS, measure_handovers
 from ..benchmark.handover_table import handover_table
 from ..benchmark.heavier import heavier
 from ..benchmark.plot import MISSING, is_matplotlib_available, plot
-from ..benchmark.recording import describe_model, described, figures, measure_with_progress
+from ..benchmark.recording import describe_model, described, figures, measure_with_progress, write_json
 from ..enabling import disable, enable
 from ..registry import release
 from .command_line import (
@@ -40,10 +40,9 @@ from .command_line import (
     load_pair,
     load_target,
     make_prompts,
-    write_json,
 )
 from .gpu import add_gpu_options, run_gpu
-from .option_types import at_least_one, existing_folder, png_file, positive_int, writable_file
+from .option_types import at_least_one, png_file, positive_int, writable_file, writable_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,17 +51,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pair_options(parser)
     for add in OPTIONS:
         add(parser)
+        parser.set_defaults(**dict.fromkeys(_defaults(add)))  # `run` fills them in: it has to know what was given.
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 where a method wrote something else than the reference, and not at a near-tie."""
+    defaults: dict[str, Any] = {}
     for add, suites in OPTIONS.items():
-        parser = argparse.ArgumentParser()
-        add(parser)
-        for name, default in vars(parser.parse_args([])).items():
-            if args.suite not in suites and getattr(args, name) != default:
+        defaults |= _defaults(add)
+        for name in _defaults(add):
+            if args.suite not in suites and getattr(args, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} is an option of --suite {' and '.join(suites)}")
-    return SUITES[args.suite](args)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return SUITES[args.suite](argparse.Namespace(**{**vars(args), **defaults, **given}))
+
+
+def _defaults(add: Callable[[argparse.ArgumentParser], None]) -> dict[str, Any]:
+    """The options of a group, and what they are where they are not given."""
+    parser = argparse.ArgumentParser()
+    add(parser)
+    return vars(parser.parse_args([]))
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +96,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         "--batch-size", metavar="N", type=positive_int, nargs="+", default=[1], help="prompts per call (default: 1)"
     )
     group.add_argument(
-        "--json-folder", metavar="FOLDER", type=existing_folder, help="write each measurement's figures to a file in it"
+        "--json-folder", metavar="FOLDER", type=writable_folder, help="write each measurement's figures to a file in it"
     )
     group.add_argument("--plot", metavar="FILE", type=png_file, help="draw all speed-ups (PNG); needs matplotlib")
 
@@ -117,6 +125,9 @@ def run_generation(args: argparse.Namespace) -> int:
 
 
 def _workloads(args: argparse.Namespace, batch_sizes: Sequence[int]) -> Iterator[tuple[float, Workload]]:
+    for option, values in ("--target-cost", args.target_cost), ("--temperature", args.temperature):
+        _refuse_repeated(option, [f"{value:g}" for value in values])
+    _refuse_repeated("--batch-size", list(map(str, batch_sizes)))
     target, draft, _ = pair = load_pair(args)
     prompts = make_prompts(args, pair)
     for batch_size in batch_sizes:
@@ -130,6 +141,13 @@ def _workloads(args: argparse.Namespace, batch_sizes: Sequence[int]) -> Iterator
             raise UsageError(f"--target-cost {cost:g}: {error}") from error
         for temperature, batch_size in product(args.temperature, batch_sizes):
             yield cost, Workload(heavy, draft, prompts, args.max_new_tokens, temperature, args.seed, batch_size)
+
+
+def _refuse_repeated(option: str, values: Sequence[str]) -> None:
+    """Measurements are told apart by these."""
+    repeated = [value for place, value in enumerate(values) if value in values[:place]]
+    if repeated:
+        raise UsageError(f"{option}: each value once, in six digits; got {repeated[0]} twice")
 
 
 def _file_name(saved: dict[str, Any]) -> str:
@@ -218,6 +236,8 @@ def run_handover(args: argparse.Namespace) -> int:
     """Measure hand-overs, then every execution on the prompts; 1 where one wrote something else than `generate`."""
     if len(args.target_cost) * len(args.temperature) > 1:
         raise UsageError("--suite handover: give one --target-cost and one --temperature")
+    if args.steps < MIN_STEPS:
+        raise UsageError(f"--steps {args.steps}: --suite handover takes percentiles of at least {MIN_STEPS}")
     ((_, workload),) = _workloads(args, [1])
     handovers = measure_handovers(workload.draft, args.steps)
     enable(workload.target)
@@ -230,6 +250,8 @@ def run_handover(args: argparse.Namespace) -> int:
     print(handover_table(saved))
     if args.json is not None:
         write_json(args.json, saved)
+    if args.markdown is not None:
+        args.markdown.write_text(handover_table(saved) + "\n", "utf-8")
     return int(saved["first_differences"] > saved["near_ties"])
 
 

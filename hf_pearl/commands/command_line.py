@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..benchmark import Workload
 from ..errors import first_line
 from ..pair import PACKAGED, PROMPTS, default_device, demo_pair_folder, load_model
+from ..pair_checks import checked_models
 from ..smollm2 import QUESTIONS, as_chat, load_smollm2_pair
 from .option_types import positive_int, seed, temperature
 
@@ -23,6 +24,7 @@ Pair = tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 EMBEDDED, SMOLLM2 = PAIRS = ("embedded", "smollm2")
+NUM_PROMPTS = 4
 
 
 class UsageError(ValueError):
@@ -56,7 +58,7 @@ def add_workload_options(parser: argparse.ArgumentParser, many: bool = False) ->
         "--prompts", metavar="FILE", type=Path, help='continue the first of the "turns" of every line of a JSONL file'
     )
     group.add_argument(
-        "--num-prompts", metavar="N", type=positive_int, default=4, help="of these, N evenly spread (default: 4)"
+        "--num-prompts", metavar="N", type=positive_int, help=f"of these, N evenly spread (default: {NUM_PROMPTS})"
     )
     group.add_argument(
         "--max-new-tokens", metavar="N", type=positive_int, default=100, help="per prompt (default: 100)"
@@ -68,18 +70,13 @@ def add_workload_options(parser: argparse.ArgumentParser, many: bool = False) ->
     group.add_argument("--seed", metavar="N", type=seed, default=0, help="of sampling (default: 0)")
 
 
-def write_json(path: Path, figures: dict[str, Any]) -> None:
-    """Write figures to a file."""
-    path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", "utf-8")
-
-
 def load_pair(args: argparse.Namespace) -> Pair:
     """Target, draft and the tokenizer of both, as the options say.
 
     Raises
     ------
     UsageError
-        A model, a device or a pair that cannot be used.
+        A model, a device or a pair that cannot be used, or that PEARL cannot run.
     """
     if args.pair == SMOLLM2:
         return _load_smollm2(args)
@@ -92,6 +89,10 @@ def load_pair(args: argparse.Namespace) -> Pair:
     with _reporting(f"--draft {draft_name}"):
         draft = load_model(draft_name, device, args.dtype)
     _check_vocabulary(tokenizer, draft_name)
+    try:
+        checked_models(target, draft)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UsageError(f"--target {target_name}, --draft {draft_name}: {first_line(error)}") from error
     return target, draft, tokenizer
 
 
@@ -127,14 +128,16 @@ def load_prompts(args: argparse.Namespace, own: Path = PROMPTS) -> list[str]:
     Raises
     ------
     UsageError
-        A file that cannot be read, or has no prompts.
+        A file that cannot be read, or has no prompts; or a number of them beside `--prompt`, which is one.
     """
     if args.prompt is not None:
+        if args.num_prompts is not None:
+            raise UsageError(f"--num-prompts {args.num_prompts}: --prompt is one; leave out one of them")
         return [args.prompt]
     prompts = read_prompts(own if args.prompts is None else args.prompts)
     if args.prompts is None and own == PROMPTS:
         prompts = [prompt for prompt in prompts if "def " in prompt]
-    num_prompts = min(args.num_prompts, len(prompts))
+    num_prompts = min(args.num_prompts or NUM_PROMPTS, len(prompts))
     return [prompts[index * len(prompts) // num_prompts] for index in range(num_prompts)]
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 from pathlib import Path
+
+from ..pair_checks import LEAST_TEMPERATURE
 
 
 def positive_int(text: str) -> int:
@@ -22,8 +25,11 @@ def seed(text: str) -> int:
 
 
 def temperature(text: str) -> float:
-    """A finite number from 0."""
-    return _number(text, least=0)
+    """0 or a finite number from `LEAST_TEMPERATURE`."""
+    value = _number(text, least=0)
+    if 0.0 < value < LEAST_TEMPERATURE:
+        raise argparse.ArgumentTypeError(f"must be 0 (greedy) or at least {LEAST_TEMPERATURE:g}, got {text!r}")
+    return value
 
 
 def at_least_one(text: str) -> float:
@@ -41,10 +47,14 @@ def _number(text: str, least: int) -> float:
     return value
 
 
-def existing_folder(text: str) -> Path:
-    """A folder that exists."""
+def writable_folder(text: str) -> Path:
+    """A folder that exists, to write files to."""
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"must be a folder that exists, got {text!r}")
+    try:
+        tempfile.TemporaryFile(dir=text).close()  # Said now, not when all is measured.
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot be written to, got {text!r}: {error.strerror}") from None
     return Path(text)
 
 
