@@ -21,8 +21,9 @@ from .outputs import PearlGenerateOutput
 from .pair import load_demo_pair
 from .planning.plan import Plan, plan
 from .registry import clear_cache, release
-from .simulate import SimulatedTimes, Trace, record_traces, simulate
+from .simulate import SimulatedTimes, simulate
 from .smollm2 import load_smollm2_pair
+from .traces import Trace, record_traces
 from .tuning import Tuning, tune
 
 __version__ = "0.1.0"

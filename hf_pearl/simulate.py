@@ -9,35 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
-import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from transformers import LogitsProcessorList, PreTrainedModel
-
-from . import compat
-from .config import PearlConfig
-from .decoding.calibration import MAX_RANKS
-from .decoding.messages import Admission
-from .decoding.noise import request_seed
-from .decoding.processors import draft_processors
-from .decoding.proposal import Prefix, Proposer
-from .decoding.recorded import TracedGuess
 from .decoding.simulation import Costs, Learnt, simulate_run
-from .generation import pearl_generate
-from .model_devices import input_device
-from .pair_checks import check_numbers, checked_models, checked_prompts
-from .parallel.lane import output_vocab_size
+from .traces import Trace, checked_traces
 
 DRAFT_LENGTHS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)  # as far as `PearlConfig` goes
-
-
-class Trace(NamedTuple):
-    """What the target said behind a prompt, and what the draft would have guessed at each position of that."""
-
-    prompt_ids: tuple[int, ...]
-    guesses: tuple[TracedGuess, ...]
 
 
 class SimulatedTimes(NamedTuple):
@@ -79,109 +57,15 @@ class SimulatedTimes(NamedTuple):
 
         Raises
         ------
-        ValueError
-            A time that is not positive and finite.
+        TypeError, ValueError
+            What is no number, or not positive and finite.
         """
-        if not 0.0 < measured_seconds < math.inf:
-            raise ValueError(f"`measured_seconds` must be positive and finite, got {measured_seconds}.")
-        return self.pearl / measured_seconds
-
-
-def record_traces(
-    target: PreTrainedModel,
-    draft: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> list[Trace]:
-    """Let the target continue every prompt, and note at each position what the draft would have guessed.
-
-    Parameters
-    ----------
-    prompts : sequence of sequence of int
-        Token ids, without padding.
-    temperature : float
-        0 is greedy.
-    seed : int
-        Of the noise that both models sample with.
-
-    Raises
-    ------
-    TypeError, ValueError, NotImplementedError
-        What `tune` refuses: models, prompts or numbers that make no sense, or leave no room.
-    """
-    check_numbers(max_new_tokens, 1, temperature, seed)
-    target, draft = checked_models(target, draft)
-    traces = []
-    for prompt in checked_prompts(prompts, (target, draft), max_new_tokens, batch_size=1):
-        input_ids = torch.tensor([prompt], device=input_device(target))
-        options = generation_options(input_ids, max_new_tokens, temperature)
-        generate = types.MethodType(compat.original_generate(), target)
-        token_ids = pearl_generate(generate, target, PearlConfig(seed=seed), (), options)[0].tolist()
-        traces.append(trace_of(target, draft, token_ids, len(prompt), temperature, seed))
-    return traces
-
-
-def generation_options(input_ids: torch.Tensor, max_new_tokens: int, temperature: float) -> dict[str, Any]:
-    """Arguments of `generate` that continue `input_ids` and return token ids; the rest is the model's default."""
-    options = {
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        "max_new_tokens": max_new_tokens,
-        "return_dict_in_generate": False,
-    }
-    if not temperature:
-        return {**options, "do_sample": False}
-    return {**options, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-
-
-def _processors(target: PreTrainedModel, options: dict[str, Any]) -> LogitsProcessorList:
-    """Those of a call of `generate`, as transformers makes them of its arguments and the model's defaults."""
-    found: list[LogitsProcessorList] = []
-
-    def take(
-        model: Any, input_ids: torch.Tensor, *, logits_processor: LogitsProcessorList, **others: Any
-    ) -> torch.Tensor:
-        found.append(logits_processor)
-        return input_ids
-
-    compat.original_generate()(target, **options, custom_generate=take)
-    return found[0]
-
-
-@torch.no_grad()
-def trace_of(
-    target: PreTrainedModel,
-    draft: PreTrainedModel,
-    token_ids: list[int],
-    num_prompt_tokens: int,
-    temperature: float,
-    seed: int,
-) -> Trace:
-    """What the draft would have guessed at each position of a text behind its first `num_prompt_tokens` tokens.
-
-    A token that the draft cannot know is 0 to it, as it is to a draft lane.
-    """
-    vocab_size = draft.get_input_embeddings().num_embeddings
-    known_ids = [token_id if token_id < vocab_size else 0 for token_id in token_ids]
-    logits = draft(torch.tensor([known_ids], device=input_device(draft))).logits[0]
-    prompt = torch.tensor([token_ids[:num_prompt_tokens]], device=input_device(target))
-    options = generation_options(prompt, len(token_ids) - num_prompt_tokens, temperature)
-    proposer = Proposer(output_vocab_size(target), draft_processors(_processors(target, options)))
-    call_seed = request_seed(seed, 0) if temperature > 0 else None
-    proposer.admit(Admission(0, tuple(token_ids[:num_prompt_tokens]), len(token_ids), 0, call_seed))
-    traced = []
-    for length in range(num_prompt_tokens, len(token_ids)):
-        before = token_ids[:length]
-        prefix = Prefix(0, length, lambda before=before: before)  # type: ignore[misc]
-        guesses = proposer.propose(logits[length - 1 : length], [prefix], MAX_RANKS)[0]
-        ranks = [rank for rank, guess in enumerate(guesses) if guess.token_id == token_ids[length]]
-        confidence, *others = (guess.confidence for guess in guesses)
-        rank = ranks[0] if ranks else None
-        guess_ids = tuple(guess.token_id for guess in guesses)
-        traced.append(TracedGuess(rank == 0, confidence, rank, tuple(others), token_ids[length], guess_ids))
-    return Trace(tuple(token_ids[:num_prompt_tokens]), tuple(traced))
+        seconds = _number(measured_seconds)
+        if seconds is None:
+            raise TypeError(f"`measured_seconds` must be a number of seconds, got {measured_seconds!r}.")
+        if not 0.0 < seconds < math.inf:
+            raise ValueError(f"`measured_seconds` must be positive and finite, got {seconds}.")
+        return self.pearl / seconds
 
 
 def simulate(
@@ -204,11 +88,9 @@ def simulate(
     Raises
     ------
     TypeError, ValueError
-        No traces; or times that are no functions, or none that can pass.
+        What is no traces, or none; or times that are no functions, or none that can pass.
     """
-    traces = list(traces)
-    if not traces or not all(trace.guesses for trace in traces):
-        raise ValueError("`traces` must hold at least one trace, and every trace a position; got none.")
+    traces = checked_traces(traces)
     costs = Costs(_timed("draft_step", draft_step), _timed("target_forward", target_forward))
 
     def seconds(draft_length: int | str | None, overlap: bool = True) -> float:
@@ -241,12 +123,27 @@ def _timed(name: str, seconds: Any) -> Callable[[int], float]:
 
     @functools.cache
     def timed(size: int) -> float:
-        value = float(seconds(size))
+        returned = seconds(size)
+        value = _number(returned)
+        if value is None:
+            raise TypeError(f"`{name}` must return a number of seconds; for {size} it returned {returned!r}.")
         if not 0.0 <= value < math.inf:
             raise ValueError(f"`{name}` must return seconds, 0 or more and finite; for {size} it returned {value}.")
         return value
 
     return timed
+
+
+def _number(value: Any) -> float | None:
+    """A number, of whatever library, as a float; None for what is none."""
+    if isinstance(value, (str, bytes, bool)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError, RuntimeError):  # The last of a tensor that is not one number.
+        return None
 
 
 def _best(seconds: Callable[[int], float]) -> tuple[float, int]:

@@ -19,7 +19,8 @@ from hf_pearl.commands.command_line import PROMPTS, read_prompts
 from hf_pearl.decoding.drafting import MAX_LINE
 from hf_pearl.decoding.recorded import TracedGuess
 from hf_pearl.decoding.simulation import Costs, Learnt, simulate_run
-from hf_pearl.simulate import Trace, _bound
+from hf_pearl.simulate import _bound
+from hf_pearl.traces import Trace
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -199,15 +200,61 @@ def test_what_cannot_be_recorded_is_refused_by_name(wrong: dict[str, object], sa
 
 
 def test_what_cannot_be_simulated_is_refused_by_name() -> None:
-    for traces in ([], [Trace((5,), ())]):
-        with pytest.raises(ValueError, match="`traces`"):
-            hf_pearl.simulate(traces, lambda n: 1.0, lambda n: 1.0)
     for wrong in (math.nan, math.inf, -1.0):
         with pytest.raises(ValueError, match=f"`draft_step` must return seconds.* for 1 it returned {wrong}"):
             hf_pearl.simulate([trace_of([True])], lambda n, wrong=wrong: wrong, lambda n: 1.0)
+    for no_number in (None, "1", torch.zeros(2)):
+        with pytest.raises(TypeError, match=r"`target_forward` must return a number of seconds; for \d+ it returned"):
+            hf_pearl.simulate([trace_of([True])], lambda n: 1.0, lambda n, returned=no_number: returned)
     with pytest.raises(TypeError, match=r"`target_forward` must be a function .* got a float"):
         hf_pearl.simulate([trace_of([True])], lambda n: 1.0, 8.0)  # type: ignore[arg-type]
     times = hf_pearl.simulate((trace_of([True]) for _ in range(2)), lambda n: 1.0, lambda n: 4.0)  # type: ignore[arg-type]
     assert times.plain == 8.0, "an iterator is read once"
-    with pytest.raises(ValueError, match="`measured_seconds` must be positive"):
-        times.efficiency(0.0)
+    assert times.efficiency(torch.tensor(2 * times.pearl)) == 0.5  # type: ignore[arg-type]
+    for seconds in (0.0, -1, math.nan, math.inf, 10**400):
+        with pytest.raises(ValueError, match="`measured_seconds` must be positive and finite, got"):
+            times.efficiency(seconds)
+    for no_number in (None, "1", True, [1.0]):
+        with pytest.raises(TypeError, match="`measured_seconds` must be a number of seconds, got"):
+            times.efficiency(no_number)  # type: ignore[arg-type]
+
+
+STOOD = TracedGuess(True, 0.9, 0)
+
+
+@pytest.mark.parametrize(
+    ("traces", "error", "said"),
+    [
+        pytest.param([], ValueError, "`traces` must hold at least one trace, got none", id="none"),
+        pytest.param("abc", TypeError, "`traces` must be a sequence of traces, got str", id="text"),
+        pytest.param(3, TypeError, "`traces` must be a sequence of traces, got int", id="number"),
+        pytest.param(Trace((5,), (STOOD,)), TypeError, "sequence of traces, got Trace", id="one trace"),
+        pytest.param([1], TypeError, r"`traces\[0\]` must be a `hf_pearl.Trace`, got int", id="numbers"),
+        pytest.param([((5,), (STOOD,))], TypeError, r"`traces\[0\]` must be .*, got tuple", id="tuples"),
+        pytest.param([Trace((5,), ())], ValueError, r"`traces\[0\].guesses` .* one position", id="no position"),
+        pytest.param([Trace((), (STOOD,))], ValueError, r"`traces\[0\].prompt_ids` .* one token", id="no prompt"),
+        pytest.param([Trace((5,), None)], TypeError, r"`traces\[0\].guesses` must be a tuple", id="no guesses"),
+        pytest.param([Trace((5,), (True, False))], TypeError, r"guesses\[0\]` must be .* got True", id="bools"),
+        pytest.param(
+            [Trace((5, True), (STOOD,))], TypeError, "prompt_ids` must hold token ids, got True", id="bool token"
+        ),
+        pytest.param([Trace((5, -1), (STOOD,))], ValueError, "from 0 to 1048575, got -1", id="negative token"),
+        pytest.param([Trace((10**12,), (STOOD,))], ValueError, "from 0 to 1048575, got 10", id="huge token"),
+        pytest.param(
+            [Trace((5,), (STOOD, STOOD._replace(token_id=10**12)))],
+            ValueError,
+            r"`traces\[0\].guesses\[1\]` must hold token ids .* got 10",
+            id="huge token of a guess",
+        ),
+        pytest.param(
+            [Trace((5,), (STOOD._replace(probability=math.nan),))], ValueError, "from 0 to 1, got nan", id="nan"
+        ),
+        pytest.param([Trace((5,), (STOOD._replace(others=(2.0,)),))], ValueError, "got 2.0", id="likelier than 1"),
+        pytest.param([Trace((5,), (STOOD._replace(others=None),))], TypeError, "others` must be a tuple", id="others"),
+        pytest.param([Trace((5,), (STOOD._replace(rank=2),))], ValueError, "rank 0 if it stands .* got 2", id="rank"),
+        pytest.param([Trace((5,), (STOOD._replace(stands=1),))], TypeError, "stands` must be True or False", id="one"),
+    ],
+)
+def test_what_is_no_trace_is_refused_by_place(traces: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        hf_pearl.simulate(traces, lambda n: 1.0, lambda n: 1.0)

@@ -21,7 +21,7 @@ import torch
 
 from ..decoding.policy import ForwardTimes
 from ..decoding.simulation import Costs, Learnt, SimulatedRun, simulate_run
-from ..simulate import Trace, trace_of
+from ..traces import Trace, trace_of
 from .completion import Workload
 from .measurement import sharing_copy, warm_up
 from .methods import PEARL

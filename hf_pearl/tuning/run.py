@@ -17,7 +17,8 @@ from ..enabling import enabled
 from ..model_devices import devices_of, input_device
 from ..pair_checks import check_numbers, checked_models, checked_prompts
 from ..parallel.cores import available_cores
-from ..simulate import Trace, record_traces, simulate
+from ..simulate import simulate
+from ..traces import Trace, record_traces
 from .forward_times import measured_forward_times
 from .tuning import DEFAULT, ENGINE, PLAIN, Tuning, Way
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ...pair import load_demo_pair
-from ...simulate import Trace, record_traces, simulate
+from ...simulate import simulate
+from ...traces import Trace, record_traces
 from .pairs import texts
 from .parts import Figures, NotMeasured
 from .rivals import GENERATE
