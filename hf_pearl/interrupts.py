@@ -64,7 +64,15 @@ class LetThrough:
         self._kept = kept
 
     def __enter__(self) -> None:
-        self._kept._let_through()
+        try:
+            self._kept._let_through()
+        except BaseException:  # One that had come is raised here, and nothing calls `__exit__`.
+            self._kept._keep()
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._kept._keep()
+        try:
+            self._kept._keep()
+        except BaseException:  # Another one, a moment behind the first.
+            self._kept._keep()
+            raise

@@ -329,6 +329,22 @@ def test_an_interrupt_is_kept_to_the_end_of_its_scope_and_let_through_inside() -
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.parametrize("is_early", [True, False], ids=["before the scope inside", "inside"])
+def test_a_second_interrupt_does_not_cut_the_clean_up_behind_the_first_one_short(is_early: bool) -> None:
+    """Not even where the first one had come before it was let through: it is raised as that scope begins."""
+    is_whole = False
+    with pytest.raises(KeyboardInterrupt), KeptInterrupts() as interrupts:
+        try:
+            if is_early:
+                signal.raise_signal(signal.SIGINT)
+            with interrupts.let_through():
+                signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            is_whole = True
+    assert is_whole
+
+
 @pytest.mark.parametrize("execution", ["inline", "threads", "processes"])
 @pytest.mark.parametrize("where", ["_admit", "abort"])
 def test_set_up_and_clear_up_are_whole_whenever_an_interrupt_comes(
