@@ -323,6 +323,7 @@ def test_in_a_batch_a_token_must_be_worth_the_time_of_all_rows() -> None:
     with pytest.MonkeyPatch.context() as patch:
         rule = Pace.worth_verifying_above
         patch.setattr(Pace, "worth_verifying_above", lambda pace, num_rows: rule(pace, num_rows) / num_rows)
+        patch.setattr(Pace, "best_of", lambda *_: None)  # It would see what that costs.
         assert seconds < 0.95 * simulate_run(traces, costs).seconds
 
 

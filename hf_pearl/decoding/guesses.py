@@ -54,6 +54,17 @@ class Guesses:
         cut = slice(num_guesses)
         return Guesses(self.token_ids[cut], self.parents[cut], self.chances[cut], self.are_looked_up[cut])
 
+    def above(self, least: float) -> Guesses:
+        """Those that are likelier than `least`; a guess is no likelier than its parent."""
+        kept = [place for place, chance in enumerate(self.chances) if chance > least]
+        new = {-1: -1, **{place: index for index, place in enumerate(kept)}}
+        return Guesses(
+            tuple(self.token_ids[place] for place in kept),
+            tuple(new[self.parents[place]] for place in kept),
+            tuple(self.chances[place] for place in kept),
+            tuple(self.are_looked_up[place] for place in kept),
+        )
+
     def branches(self, length: int) -> Branches | None:
         """What the tokens of a window attend to that holds the last verified token and all these guesses.
 

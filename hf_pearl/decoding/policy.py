@@ -7,6 +7,10 @@ rate, and measures its rate, climbs to the best one (Dinkelbach 1967, "On nonlin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from .forward_curve import Best, ForwardCurve, best_count
+
 CYCLE_MEMORY = 64.0  # cycles
 WAIT_MEMORY = 256.0  # cycles
 # What is expected of waits before there were any, and again when there were none for long.
@@ -83,6 +87,7 @@ class Cycles:
 
     def __init__(self) -> None:
         self.times = ForwardTimes()
+        self.curve = ForwardCurve()
         self._yield = Fading(2, CYCLE_MEMORY)  # tokens per row, seconds
 
     def record(self, num_rows: int, num_verified: int, seconds: float) -> None:
@@ -116,6 +121,7 @@ class Pace:
         """Learn from a cycle: a forward over `num_tokens` tokens, and `seconds` of which it `waited` for guesses."""
         cycles = self.cycles(num_rows)
         cycles.record(num_rows, num_verified, seconds)
+        cycles.curve.record(num_tokens, seconds - waited)
         if num_tokens > num_rows:  # The first guess makes windows ragged, which costs more than those behind it.
             cycles.times.record(num_tokens, seconds - waited)
         self._waits.fade()
@@ -129,6 +135,12 @@ class Pace:
         cycles = self.cycles(num_rows)
         # Whatever was measured, a guess that is likelier than not is verified: times mislead for a while.
         return min(0.5, cycles.rate(num_rows) * cycles.times.per_token) if cycles.times.is_known else UNMEASURED
+
+    def best_of(self, num_rows: int, chances: Sequence[float]) -> Best | None:
+        """How many of the likeliest guesses a forward should verify; None while no forward was seen."""
+        cycles = self.cycles(num_rows)
+        seconds = cycles.curve.seconds(num_rows, num_rows + len(chances))
+        return best_count(num_rows, chances, seconds, cycles.rate(num_rows))
 
     def wait_pays(self, hoped: float, num_rows: int, step_seconds: float) -> bool:
         """Whether waiting for the next draft step gains more than decoding yields in that time.

@@ -8,7 +8,7 @@ speculative decoding (Leviathan et al. 2023, arXiv 2211.17192).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -193,7 +193,7 @@ class FreeRunning(NoDraft):
             step_seconds = self.draft.step_seconds
             if step_seconds > 0.0:
                 self.pace.record_wait(hoped, self._surplus(proposals, least) - before, waited / step_seconds)
-        return {request_id: proposal.guesses for request_id, proposal in proposals.items()}
+        return self._trimmed({request_id: proposal.guesses for request_id, proposal in proposals.items()})
 
     def _wait(self) -> bool:
         """Wait for a draft step; False where none came."""
@@ -205,7 +205,16 @@ class FreeRunning(NoDraft):
     def without_draft(self, requests: Sequence[Request], pace: Pace) -> dict[int, Guesses]:
         """What can be looked up for every request, while the draft rests; `pace` is that of decoding meanwhile."""
         least = self._begin(requests, pace)
-        return {each.request_id: self._lines.propose(each, None, least).guesses for each in requests}
+        return self._trimmed({each.request_id: self._lines.propose(each, None, least).guesses for each in requests})
+
+    def _trimmed(self, guesses: dict[int, Guesses]) -> dict[int, Guesses]:
+        """Without the unlikeliest ones where a narrower forward yields more: it is known what it takes."""
+        chances = _all_chances(guesses.values())
+        best = self._pace.best_of(self._num_rows, chances) if chances else None
+        if best is None or best.num_guesses == len(chances):
+            return guesses
+        least = chances[best.num_guesses]
+        return {request_id: each.above(least) for request_id, each in guesses.items()}
 
     def _begin(self, requests: Sequence[Request], pace: Pace) -> float:
         """Begin a cycle at a pace; return the chance from which a guess is worth verifying."""
@@ -251,9 +260,18 @@ class FreeRunning(NoDraft):
 
     def _surplus(self, proposals: dict[int, Proposal], least: float) -> float:
         """How many tokens are expected of the guesses, less what verifying them costs."""
-        return sum(chance - least for proposal in proposals.values() for chance in proposal.guesses.chances)
+        chances = _all_chances(proposal.guesses for proposal in proposals.values())
+        best = self._pace.best_of(self._num_rows, chances) if chances else None
+        if best is None or best.num_guesses == len(chances):
+            return sum(chance - least for chance in chances)
+        return best.gain
 
     def learn(self, num_tokens: int, seconds: float, num_verified: int) -> None:
         """Learn from a cycle: its forward over `num_tokens` tokens and all else that it took, waiting left out."""
         waited = self.waited_seconds
         self._pace.record_cycle(self._num_rows, num_tokens, num_verified, seconds + waited, waited)
+
+
+def _all_chances(guesses: Iterable[Guesses]) -> list[float]:
+    """Those of all guesses, the likeliest first."""
+    return sorted((chance for each in guesses for chance in each.chances), reverse=True)
