@@ -31,7 +31,7 @@ help: ## this list
 demo: $(VENV)/$(STAMP) ## stream a completion, then measure five ways of decoding it
 	$(VENV)/bin/python -m hf_pearl demo $(ARGS)
 
-bench: $(VENV)/$(STAMP) ## measure all but SmolLM2 anew (about 50 minutes), and write the tables into README and docs
+bench: $(VENV)/$(STAMP) ## measure all but SmolLM2 anew (about 35 minutes), and write the tables into README and docs
 	$(VENV)/bin/python -m hf_pearl demo --json docs/results/demo.json
 	$(VENV)/bin/python -m hf_pearl bench --suite cache --steps 30 --json docs/results/cache.json
 	$(VENV)/bin/python -m hf_pearl bench --suite handover --steps 1000 --max-new-tokens 80 --json docs/results/handover.json

@@ -41,7 +41,7 @@ from .parallel.inline import InlineDraft
 from .parallel.lane import output_vocab_size
 from .parallel.memory import cache_needs, cache_share
 from .parallel.probe import check_computed
-from .parallel.ranks.lane import Lane, assemble_ranks, new_cache, new_lane, num_ranks, num_threads, turns
+from .parallel.ranks.lane import Lane, assemble_ranks, new_cache, new_lane, num_threads, turns
 from .parallel.streams import on_lane_stream
 from .parallel.threads import ThreadDraft
 from .parallel.workers.draft_workers import DraftWorkers, Execution, for_hooks
@@ -180,8 +180,7 @@ class PearlEngine:
 
     def _lane(self, name: str, model: PreTrainedModel, config: PearlConfig) -> Lane:
         cache = self.caches[name]
-        captures = config.captures and num_ranks(model) == 1
-        graphs = self.graphs.runner(name, model, cache) if captures else None
+        graphs = self.graphs.runner(name, model, cache) if config.captures else None
         return new_lane(model, cache, config.prefix_cache, config.cache_salt, graphs, name)
 
     @contextmanager

@@ -41,6 +41,7 @@ from hf_pearl.parallel.graphs.capture import CudaCapture, capture_for
 from hf_pearl.parallel.graphs.cuda_graphs import GraphRunner
 from hf_pearl.parallel.graphs.obstacles import obstacle_to_capture
 from hf_pearl.parallel.lane import ModelLane
+from hf_pearl.parallel.tensor_parallel import shard
 from hf_pearl.registry import engines_of
 
 
@@ -411,6 +412,10 @@ def quantise(model: Any) -> None:
     model.hf_quantizer = object()
 
 
+def cut(model: Any) -> None:
+    shard(model, 0, 2, lambda tensor: tensor, lambda tensor: tensor)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -420,6 +425,7 @@ def quantise(model: Any) -> None:
         (parametrize, "up_proj (ParametrizedLinear) computes its weights"),
         (exchange, "model.norm (Own) is of a class that may do anything"),
         (quantise, "it is quantised"),
+        (cut, "it is one of several parts"),
     ],
 )
 def test_forwards_in_which_python_has_to_run_are_not_captured(change: Callable[[Any], None], words: str) -> None:

@@ -13,7 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_pearl.decoding.forward_curve import MAX_TOKENS, ForwardCurve, best_count
+from hf_pearl.decoding.guesses import Guesses
+from hf_pearl.decoding.policy import Pace
 from hf_pearl.decoding.recorded import TracedGuess
+from hf_pearl.decoding.schedule import FreeRunning
 from hf_pearl.decoding.simulation import Costs, simulate_run
 
 
@@ -46,6 +49,17 @@ def test_nothing_is_known_at_first_and_windows_double() -> None:
         assert best is not None
         sizes.append(4 + best.num_guesses)
     assert len(sizes) < 10 and all(later <= 2 * size for size, later in itertools.pairwise(sizes))
+
+
+@pytest.mark.parametrize("num_seen", [1, 2, 3])
+def test_of_equally_likely_guesses_as_many_are_verified_as_are_worth_it(num_seen: int) -> None:
+    """None would be, if the chance of the first that is left out were the limit: nothing more would be learnt then."""
+    pace = Pace()
+    pace.record_cycle(1, num_seen, 1, 8.0, 0.0)
+    schedule = FreeRunning(None, pace)  # type: ignore[arg-type]
+    guesses = Guesses(tuple(range(9)), (-1, 0, 1, -1, 3, -1, 5, 6, 7), (0.5,) * 9, (False,) * 9)
+    kept = schedule._trimmed({7: guesses})[7]
+    assert kept == guesses.first(2 * num_seen - 1)
 
 
 def test_sizes_tell_of_their_neighbours_and_old_forwards_are_forgotten() -> None:

@@ -54,9 +54,8 @@ class Guesses:
         cut = slice(num_guesses)
         return Guesses(self.token_ids[cut], self.parents[cut], self.chances[cut], self.are_looked_up[cut])
 
-    def above(self, least: float) -> Guesses:
-        """Those that are likelier than `least`; a guess is no likelier than its parent."""
-        kept = [place for place, chance in enumerate(self.chances) if chance > least]
+    def only(self, kept: Sequence[int]) -> Guesses:
+        """Those at some places, ascending, of which none is without its parent."""
         new = {-1: -1, **{place: index for index, place in enumerate(kept)}}
         return Guesses(
             tuple(self.token_ids[place] for place in kept),

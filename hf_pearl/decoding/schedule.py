@@ -213,8 +213,15 @@ class FreeRunning(NoDraft):
         best = self._pace.best_of(self._num_rows, chances) if chances else None
         if best is None or best.num_guesses == len(chances):
             return guesses
-        least = chances[best.num_guesses]
-        return {request_id: each.above(least) for request_id, each in guesses.items()}
+        likeliest = sorted(  # Of equal ones the first of a request: none is likelier than its parent, or before it.
+            (-chance, request_id, place)
+            for request_id, each in guesses.items()
+            for place, chance in enumerate(each.chances)
+        )[: best.num_guesses]
+        kept: dict[int, list[int]] = {request_id: [] for request_id in guesses}
+        for _, request_id, place in likeliest:
+            kept[request_id].append(place)
+        return {request_id: each.only(sorted(kept[request_id])) for request_id, each in guesses.items()}
 
     def _begin(self, requests: Sequence[Request], pace: Pace) -> float:
         """Begin a cycle at a pace; return the chance from which a guess is worth verifying."""

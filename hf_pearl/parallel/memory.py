@@ -30,7 +30,7 @@ def num_blocks(model: PreTrainedModel, eight_bit: bool, asked: int) -> int:
     """Blocks for the cache of a draft in a process of its own: as many as are asked for, if its GPU has room."""
     if input_device(model).type != "cuda":
         return asked
-    needs = CacheNeeds.by_device(model, eight_bit, num_key_value_heads(model))
+    needs = cache_needs(model, eight_bit)
     return min(asked, num_blocks_for(needs, None, lambda device: cache_share(device, [model])))
 
 

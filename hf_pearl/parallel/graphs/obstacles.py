@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ...model_devices import devices_of, is_dispatched
 from ...models import all_modules
+from ..tensor_parallel import part_of
 
 _KNOWN = ("torch.", "transformers.", "peft.", "hf_pearl.borrowed_embeddings.")  # packages and modules
 
@@ -19,6 +20,8 @@ def obstacle_to_capture(model: PreTrainedModel) -> str | None:
     """
     if is_dispatched(model) or len(devices_of(model)) > 1:
         return "accelerate's hooks move tensors in its forward"
+    if part_of(model) is not None:
+        return "it is one of several parts, whose ranks wait for each other in its forward"
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
         return "it is quantised"
     if torch.is_autocast_enabled(next(model.parameters()).device.type):

@@ -15,7 +15,7 @@ from ...model_devices import input_device
 from ..draft_loop import run_draft_loop
 from ..graphs.cuda_graphs import LaneGraphs
 from ..memory import num_blocks
-from ..ranks.lane import new_cache, new_lane, num_ranks
+from ..ranks.lane import new_cache, new_lane
 from ..streams import LaneStream
 from . import records
 from .draft_boxes import Inbox, Outbox, ToldToQuit
@@ -82,8 +82,7 @@ class DraftServer:
 
     def _draft(self, options: records.CallOptions, distributions: SharedDistributions | None, outbox: Outbox) -> None:
         cache = self._cache_for(options)
-        captures = options.captures and num_ranks(self.model) == 1
-        graphs = self._graphs.runner("draft", self.model, cache) if captures else None
+        graphs = self._graphs.runner("draft", self.model, cache) if options.captures else None
         lane = new_lane(self.model, cache, options.prefix_cache, options.cache_salt, graphs, "draft")
         processors = decode_processors(options.processors)
         proposer = Proposer(options.vocab_size, processors, options.pad_token_id, distributions)
