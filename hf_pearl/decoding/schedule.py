@@ -179,20 +179,21 @@ class FreeRunning(NoDraft):
         """The draft tokens of every request that the coming forward verifies; waits for them where that pays."""
         least = self._begin(requests, self.pace)
         proposals = self._propose(requests, least)
+        surplus = None
         for _ in range(self.draft.max_line):
             hoped = self._hoped(requests, proposals)
             if not self._wait_pays(hoped):
                 break
-            before, began = self._surplus(proposals, least), self._clock()
+            before, began = self._surplus(proposals, least) if surplus is None else surplus, self._clock()
             has_come = self._wait()
             waited = self._clock() - began
             self.waited_seconds += waited
             proposals = self._propose(requests, least, proposals)
             if not has_come:
                 break
-            step_seconds = self.draft.step_seconds
+            surplus, step_seconds = self._surplus(proposals, least), self.draft.step_seconds
             if step_seconds > 0.0:
-                self.pace.record_wait(hoped, self._surplus(proposals, least) - before, waited / step_seconds)
+                self.pace.record_wait(hoped, surplus - before, waited / step_seconds)
         return self._trimmed({request_id: proposal.guesses for request_id, proposal in proposals.items()})
 
     def _wait(self) -> bool:
