@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import torch
+from callbacks import Deliberate
 from models import (
     assert_varied,
     enabled_for_tiny_models,
@@ -33,6 +34,7 @@ from models import (
     tiny_model,
     tiny_tokenizer,
 )
+from test_leaks import KINDS, resident_memory, slope
 from test_processes import call_of_another_thread, check_in_child, is_gone, wait_for
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, pipeline
 
@@ -683,6 +685,39 @@ def test_nothing_listens_and_nothing_is_left(saved: Saved) -> None:
         del pair
         gc.collect()
         assert len(os.listdir("/proc/self/fd")) == before[2]
+
+
+@pytest.mark.slow
+def test_a_thousand_calls_leave_nothing_behind_in_any_rank(launched: LaunchedPair, seed: int) -> None:
+    """Resident memory of this process, the ranks and the draft's worker: within 1 KiB per call; no descriptor more."""
+    chance = random.Random(seed)
+    kinds = ["greedy", "sampling", "processors", "end of text", "failing processor", "failing criterion", "refused"]
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+    def growth_per_call(num_calls: int) -> float:
+        sizes: list[list[int]] = []
+        for index in range(num_calls):
+            kind, inputs = chance.choice(kinds), random_prompts(chance, chance.choice((1, 2, 3)), (3, 20))
+            lengths, is_cached = ("auto", 1, 4), chance.random() < 0.8
+            config = PearlConfig(chance.choice(lengths), cache_memory="512KiB", prefix_cache=is_cached)
+            options = {"do_sample": False, "max_new_tokens": chance.randint(3, 5), **KINDS[kind]()}
+            try:
+                launched.generate(**inputs, **options, pearl=config)
+                assert not kind.startswith(("failing", "refused"))
+            except (Deliberate, ValueError, NotImplementedError):
+                assert kind.startswith(("failing", "refused"))
+            if index % 10 == 0:
+                gc.collect()
+                sizes.append([resident_memory(), *(process.memory_info().rss for process in processes[1:])])
+        return max(slope(list(of_one), 10) for of_one in zip(*sizes, strict=True))
+
+    growth_per_call(200)  # until allocators and caches are as full as they get
+    descriptors = [process.num_fds() for process in processes]
+    growths = [growth_per_call(250)]
+    if growths[0] > 1024:  # An allocator grows in steps; what still grows over three times as many calls is a leak.
+        growths.append(growth_per_call(750))
+    assert min(growths) <= 1024, f"bytes of resident memory per call: {growths}"
+    assert [process.num_fds() for process in processes] == descriptors
 
 
 @pytest.mark.slow

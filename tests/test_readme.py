@@ -5,13 +5,26 @@ from __future__ import annotations
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
+import hf_pearl
 from hf_pearl.benchmark import BENCH
 from hf_pearl.benchmark.fill_in import MARKED, filled_in
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "docs" / "results").glob("*.json"))
 DOCUMENTS = {file: file.read_text("utf-8") for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+
+
+def test_the_first_lines_of_code_run_as_they_stand() -> None:
+    """Somebody copies them from the README."""
+    _, _, code = DOCUMENTS[ROOT / "README.md"].partition("```python\n")
+    names: dict[str, Any] = {}
+    try:
+        exec(code.partition("```")[0], names)
+        hf_pearl.release(names["target"])
+    finally:
+        hf_pearl.disable()
 
 
 def test_the_tables_are_those_of_the_saved_measurements() -> None:
