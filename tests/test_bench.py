@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import command_in_process, noisy_copy, tiny_model, tiny_tokenizer
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_pearl
 from hf_pearl import PearlConfig
@@ -30,10 +30,11 @@ from hf_pearl.benchmark import (
     sampling_suite,
 )
 from hf_pearl.benchmark.fill_in import filled_in
-from hf_pearl.benchmark.grid_tables import summary_table, workload_table
+from hf_pearl.benchmark.grid_tables import summary_table, title, workload_table
 from hf_pearl.benchmark.measurement import WARM_UP, measure, num_calls, sharing_copy
 from hf_pearl.benchmark.methods import COLD, OneLine, Setting, WithoutLookup
 from hf_pearl.benchmark.recording import write_json
+from hf_pearl.benchmark.untrained import untrained
 from hf_pearl.commands import bench
 from hf_pearl.decoding.noise import request_seed
 from hf_pearl.parallel.workers.records import BeginCall, Message
@@ -130,6 +131,22 @@ def test_a_heavier_target_gives_the_same_tokens_and_forwards(
     )
     for name, method in light.items():
         assert heavy[name]["num_tokens"] == method["num_tokens"]
+
+
+def test_a_draft_that_knows_nothing_costs_no_token_and_what_a_trained_one_does(folder: Path, tmp_path: Path) -> None:
+    options_of_both = options(folder, "--temperature", "0", "0.7", "--json-folder", str(tmp_path))
+    assert main([*options_of_both, "--untrained-draft"]) == 0
+    for file in ("untrained-cost1-temperature0-batch1", "untrained-cost1-temperature0.7-batch1"):
+        saved = json.loads((tmp_path / f"{file}.json").read_text())
+        assert title(saved).startswith("untrained draft, batch 1")
+        methods = by_name(saved)
+        assert list(methods) == ["generate", "engine", "pearl", "pearl, no lookup"]
+        assert saved["first_differences"] == 0
+        assert methods["pearl, no lookup"]["mean_accepted_tokens"] < 1.3
+    known = AutoModelForCausalLM.from_pretrained(folder / "draft", dtype=torch.float64)
+    unknown = untrained(known)
+    assert (unknown.dtype, unknown.num_parameters()) == (known.dtype, known.num_parameters())
+    assert not torch.equal(unknown.get_input_embeddings().weight, known.get_input_embeddings().weight)
 
 
 def test_no_speed_is_shown_of_a_wrong_output(

@@ -3,7 +3,7 @@
 from .completion import Completion, Workload, complete
 from .machine import describe_machine, describe_versions
 from .measurement import Measurement, measure, num_calls, warm_up
-from .methods import BENCH, DEMO, PEARL, Method, Setting
+from .methods import BENCH, DEMO, PEARL, UNTRAINED, Method, Setting
 from .near_tie import first_difference, is_near_tie
 from .results import MethodResult
 from .table import notes, table
@@ -12,6 +12,7 @@ __all__ = [
     "BENCH",
     "DEMO",
     "PEARL",
+    "UNTRAINED",
     "Completion",
     "Measurement",
     "Method",

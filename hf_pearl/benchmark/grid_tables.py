@@ -20,7 +20,9 @@ def title(saved: Saved) -> str:
     temperature = workload["temperature"]
     parts = [f"batch {workload['batch_size']}", f"temperature {temperature:g}" if temperature else "greedy"]
     cost = saved["target_cost"]
-    return ", ".join(parts if cost == 1 else [f"{cost:g}x target", *parts])
+    heavy = [] if cost == 1 else [f"{cost:g}x target"]
+    kind = ["untrained draft"] if saved.get("untrained_draft") else []
+    return ", ".join([*heavy, *kind, *parts])
 
 
 def in_order(files: Sequence[Saved]) -> list[Saved]:

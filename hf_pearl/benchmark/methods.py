@@ -177,3 +177,6 @@ BENCH = (
         _ours(PearlConfig(), "auto"),
     ),
 )
+
+# What matters of a draft that knows nothing.
+UNTRAINED = tuple(each for each in BENCH if each.name in ("generate", "engine", "pearl", "pearl, no lookup"))

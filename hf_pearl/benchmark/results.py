@@ -100,6 +100,12 @@ class MethodResult:
         stats = self.completions[-1].stats if self.completions else None
         return None if stats is None else stats.execution
 
+    @property
+    def draft_cores(self) -> int:
+        """Cores that the draft had to itself."""
+        stats = self.completions[-1].stats if self.completions else None
+        return 0 if stats is None else stats.draft_cores
+
     def total(self, name: str) -> float:
         """A field of `PearlStats`, over all completions; 0 for transformers' methods."""
         return sum(getattr(each.stats, name) for each in self.completions if each.stats is not None)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..benchmark import BENCH, Workload, notes, table
+from ..benchmark import BENCH, UNTRAINED, Workload, notes, table
 from ..benchmark.cache_suite import NUM_TURNS, measure_cache
 from ..benchmark.cache_table import cache_table
 from ..benchmark.efficiency_suite import measure_efficiency, num_profiles
@@ -30,6 +30,7 @@ from ..benchmark.handover_table import handover_table
 from ..benchmark.heavier import heavier
 from ..benchmark.plot import MISSING, is_matplotlib_available, plot
 from ..benchmark.recording import describe_model, described, figures, measure_with_progress, write_json
+from ..benchmark.untrained import untrained
 from ..enabling import disable, enable
 from ..registry import release
 from .command_line import (
@@ -98,6 +99,11 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--json-folder", metavar="FOLDER", type=writable_folder, help="write each measurement's figures to a file in it"
     )
+    group.add_argument(
+        "--untrained-draft",
+        action="store_true",
+        help="measure the default with a draft of random weights: what one costs that is never right",
+    )
     group.add_argument("--plot", metavar="FILE", type=png_file, help="draw all speed-ups (PNG); needs matplotlib")
 
 
@@ -109,11 +115,11 @@ def run_generation(args: argparse.Namespace) -> int:
     for cost, workload in _workloads(args, args.batch_size):
         enable(workload.target)
         try:
-            measurement = measure_with_progress(workload, BENCH, args.runs)
+            measurement = measure_with_progress(workload, UNTRAINED if args.untrained_draft else BENCH, args.runs)
         finally:
             disable(workload.target)
             release(workload.target)
-        measured.append({**figures(measurement), "target_cost": cost})
+        measured.append({**figures(measurement), "target_cost": cost, "untrained_draft": args.untrained_draft})
         print(f"\n{title(measured[-1])}\n", table(measurement), "", *notes(measurement), sep="\n", flush=True)
         if args.json_folder is not None:
             write_json(args.json_folder / f"{_file_name(measured[-1])}.json", measured[-1])
@@ -129,6 +135,8 @@ def _workloads(args: argparse.Namespace, batch_sizes: Sequence[int]) -> Iterator
         _refuse_repeated(option, [f"{value:g}" for value in values])
     _refuse_repeated("--batch-size", list(map(str, batch_sizes)))
     target, draft, _ = pair = load_pair(args)
+    if args.untrained_draft:
+        draft = untrained(draft)
     prompts = make_prompts(args, pair)
     for batch_size in batch_sizes:
         if len(prompts) % batch_size:
@@ -152,7 +160,8 @@ def _refuse_repeated(option: str, values: Sequence[str]) -> None:
 
 def _file_name(saved: dict[str, Any]) -> str:
     workload = saved["workload"]
-    return f"bench-cost{saved['target_cost']:g}-temperature{workload['temperature']:g}-batch{workload['batch_size']}"
+    kind = "untrained" if saved["untrained_draft"] else "bench"
+    return f"{kind}-cost{saved['target_cost']:g}-temperature{workload['temperature']:g}-batch{workload['batch_size']}"
 
 
 def _document(measured: list[dict[str, Any]]) -> str:
