@@ -44,7 +44,8 @@ from .parallel.probe import check_computed
 from .parallel.ranks.lane import Lane, assemble_ranks, new_cache, new_lane, num_threads, turns
 from .parallel.streams import on_lane_stream
 from .parallel.threads import ThreadDraft
-from .parallel.workers.draft_workers import DraftWorkers, Execution, for_hooks
+from .parallel.workers.draft_workers import DraftWorkers
+from .parallel.workers.execution import Execution, for_hooks
 
 logger = logging.get_logger(__name__)
 
@@ -96,6 +97,8 @@ class PearlEngine:
         with self.lock, turns(target, draft):
             started = time.perf_counter()
             self._prepare_caches(target, draft, config)
+            if draft is not None:
+                self.workers.share_cores(config, target, draft, self._fingerprints["draft"])
             stats = PearlStats(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
             cache = self.caches["target"]
             num_evicted, num_warm_ups = cache.statistics.evicted_blocks, self.graphs.num_warm_ups
@@ -204,7 +207,8 @@ class PearlEngine:
             yield None, NoDraft()
             return
         stats.execution = execution = for_hooks(execution, config, target, draft)
-        cores.leave(self.workers.worker.num_cores if execution == "processes" and self.workers.worker else 0)
+        stats.draft_cores = self.workers.worker.num_cores if execution == "processes" and self.workers.worker else 0
+        cores.leave(stats.draft_cores)
         runner = self._runner(execution, draft, output_vocab_size(target), rules, config, interrupts)
         try:
             schedule = self.learnt.schedule(runner, cores, config, requests)  # first: it may want the draft to rest

@@ -59,6 +59,8 @@ class PearlStats:
         Wall time of the call inside the engine.
     execution : str
         How the draft lane ran.
+    draft_cores : int
+        Cores of the CPU that it had to itself, in a process.
     target_timeline, draft_timeline : list of TargetForward, list of DraftStep
         Every forward of each lane; of a draft in a process the last 4096.
     """
@@ -88,6 +90,7 @@ class PearlStats:
     overlap_seconds: float = 0.0
     total_seconds: float = 0.0
     execution: str = "none"
+    draft_cores: int = 0
     target_timeline: list[TargetForward] = field(default_factory=list, repr=False)
     draft_timeline: list[DraftStep] = field(default_factory=list, repr=False)
 

@@ -104,9 +104,8 @@ def _methods(draft: PreTrainedModel) -> tuple[Method, ...]:
 
 def _tuning(measurement: Measurement, prompts: Sequence[Sequence[int]]) -> Tuning:
     workload = measurement.workload
-    # Lanes in two processes share the cores: one goes to the draft.
-    num_left = int(measurement.result(DEFAULT).execution == "processes")
-    others = (len(available_cores()) - 1) * num_left
+    num_left = measurement.result(DEFAULT).draft_cores  # Lanes in two processes share the cores.
+    others = len(available_cores()) - num_left if num_left else 0
     draft_times = measured_forward_times(workload.draft, prompts[0], others)
     target_times = measured_forward_times(workload.target, prompts[0], num_left)
     traces = _traces(workload, prompts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Literal
 
 from transformers import LogitsProcessor, PreTrainedModel
 from transformers.utils import logging
@@ -13,11 +12,12 @@ from transformers.utils import logging
 from ...config import PearlConfig
 from ...decoding.drafting import MAX_LINE
 from ...fingerprint import fingerprint
-from ...model_devices import input_device, share_hooks
-from ..cores import available_cores, cores_for_worker
+from ..cores import cores_for_worker
 from ..processes import POLL_SECONDS, ProcessDraft
 from ..ranks.linked_draft import LinkedDraft
 from ..ranks.models import link_of, rank_model_of
+from ..thread_split import threads_of_draft
+from .execution import Execution, best_execution
 from .processor_specs import encode_processors
 from .records import BeginCall, CallOptions, Clear
 from .shipping import can_ship, pack
@@ -26,7 +26,6 @@ from .worker_process import WorkerProcess
 logger = logging.get_logger(__name__)
 
 MAX_FAILURES = 3
-Execution = Literal["inline", "threads", "processes"]
 _INSTEAD = {"threads": "a thread serves", None: "decoding goes on without it"}
 
 
@@ -194,9 +193,23 @@ class DraftWorkers:
 
     def __init__(self) -> None:
         self.worker: DraftWorker | None = None
+        self._num_threads = 1
+        self._split_for: Hashable = None
         self._num_failures = 0
         self._unshippable: tuple[Hashable, str | None] | None = None
         self._has_said = False
+
+    def share_cores(
+        self, config: PearlConfig, target: PreTrainedModel, draft: PreTrainedModel, known_as: Hashable
+    ) -> None:
+        """Find out how many threads a worker should have, before one starts; once per pair and dtypes.
+
+        The arguments are those of `choose`.
+        """
+        dtypes = target.dtype, draft.dtype
+        execution = config.execution if config.execution != "auto" else self._best(config, draft, known_as)
+        if execution == "processes" and self.worker is None and self._split_for != dtypes:
+            self._num_threads, self._split_for = threads_of_draft(target, draft), dtypes
 
     def choose(
         self, config: PearlConfig, draft: PreTrainedModel, known_as: Hashable, num_blocks: int
@@ -231,7 +244,7 @@ class DraftWorkers:
             return otherwise
         try:
             if self.worker is None:
-                self.worker = DraftWorker(draft, num_blocks, known_as=known_as)
+                self.worker = DraftWorker(draft, num_blocks, self._num_threads, known_as=known_as)
             self.worker.refresh(draft, known_as)
             self.worker.cache_blocks = num_blocks
         except OSError as error:
@@ -258,12 +271,9 @@ class DraftWorkers:
         self._end_worker()
 
     def _best(self, config: PearlConfig, draft: PreTrainedModel, known_as: Hashable) -> Execution:
-        if rank_model_of(draft) is not None:
-            return "processes"
-        if input_device(draft).type != "cpu":
-            return "threads"
-        if not config.overlap or len(available_cores()) == 1:
-            return "inline"  # The lanes take turns anyway.
+        wanted = best_execution(config, draft)
+        if wanted != "processes" or rank_model_of(draft) is not None:
+            return wanted
         if self._unshippable is None or self._unshippable[0] != known_as:
             self._unshippable = known_as, can_ship(draft)
         reason = self._unshippable[1]
@@ -280,21 +290,9 @@ class DraftWorkers:
     def close(self) -> None:
         """End the worker; the next call may start another."""
         self._end_worker()
-        self._num_failures = 0
+        self._num_failures, self._split_for = 0, None
 
     def _end_worker(self) -> None:
         worker, self.worker = self.worker, None
         if worker is not None:
             worker.close()
-
-
-def for_hooks(execution: Execution, config: PearlConfig, target: PreTrainedModel, draft: PreTrainedModel) -> Execution:
-    """`execution`, or "inline" where both models pass through the same hooks of accelerate, which serve one thread."""
-    if execution != "threads" or not share_hooks(target, draft):
-        return execution
-    if config.execution == "threads":
-        raise ValueError(
-            '`execution="threads"` cannot run a draft that shares modules with its target which accelerate has '
-            'dispatched: their hooks load weights for one thread at a time. Use `execution="inline"` or "auto".'
-        )
-    return "inline"
