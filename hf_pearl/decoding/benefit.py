@@ -23,6 +23,9 @@ NUM_CLEAR, CLEAR = 24, 2.0  # cycles of one from which a lead may be clear; stan
 FAR_BEHIND = 0.8  # times as fast, and the challenger has lost, as soon as that is no chance
 NUM_CONTEST = 96  # cycles of one after which a lead counts that is not clear
 STRAY = 3.0  # times the median of its mode's cycles: one that takes longer says nothing of the mode
+# Times the mean of the mode that yields more, but at least so many tokens: what a cycle yields beyond that was looked
+# up in text that repeats itself, in either mode. Counted in full, its luck hides what there is to see.
+LONG_RUN, MIN_LONG_RUN = 1.5, 3.0
 MIN_PATIENCE, MAX_PATIENCE = 256, 16384  # cycles until a mode that was slower is tried again
 MAX_COST = 0.005  # part of its time that the faster mode may lose to contests
 
@@ -40,7 +43,7 @@ class Benefit:
     mode : Mode
         That of the next cycle.
     found : dict of Mode to float
-        Rates of both at the end of the last contest.
+        Rates of both at the end of the last contest, long runs cut.
     """
 
     def __init__(self) -> None:
@@ -71,16 +74,23 @@ class Benefit:
         return self._champion == "plain"
 
     def rate(self, mode: Mode) -> float:
-        """Tokens per second and row; 0.0 while unknown."""
+        """Tokens per second and row, long runs cut; 0.0 while unknown."""
         return _rate(self._typical(mode))
 
     def _typical(self, mode: Mode) -> list[tuple[float, float]]:
-        """The cycles of a mode without strays."""
+        """The cycles of a mode without strays, long runs cut."""
         cycles = self._cycles[mode]
         if not cycles:
             return []
         longest = STRAY * statistics.median(seconds for _, seconds in cycles)
-        return [cycle for cycle in cycles if cycle[1] <= longest]
+        most = self._most_tokens
+        return [(min(tokens, most), seconds) for tokens, seconds in cycles if seconds <= longest]
+
+    @property
+    def _most_tokens(self) -> float:
+        """Of a cycle that count, per row."""
+        means = [statistics.mean(tokens for tokens, _ in cycles) for cycles in self._cycles.values() if cycles]
+        return max(MIN_LONG_RUN, LONG_RUN * max(means))
 
     def _error(self, mode: Mode) -> float:
         """Standard error of a rate, a ratio of means."""
@@ -155,7 +165,9 @@ class Benefit:
     def _look_around(self) -> None:
         """Stay in the mode in use, or begin a contest: the other one seems to be faster, or was not tried for long."""
         self._left = NUM_CLEAR
-        if self._is_clear or self._age > self._patience:
+        # By now the mode in use is known well. If it has won by luck, it is slower than the other one was then.
+        has_won_by_luck = self._age > MIN_PATIENCE and self._lead > 0.0
+        if self._is_clear or has_won_by_luck or self._age > self._patience:
             self._is_contest = True
             for cycles in (*self._cycles.values(), self._catching_up):
                 cycles.clear()
