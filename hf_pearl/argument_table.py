@@ -106,7 +106,8 @@ ARGUMENTS: tuple[Row, ...] = (
     Row("logits_processor", "argument", "honoured", "called on the target once per emitted token, in order",
         Condition("not a list, or one of SynthID or classifier-free guidance is in it"),
         f"Pass a `LogitsProcessorList` without it, {WITHOUT}", TypeError),
-    Row("stopping_criteria", "argument", "honoured", "asked after every emitted token",
+    Row("stopping_criteria", "argument", "honoured", "asked after every emitted token; a `MaxLengthCriteria` takes the "
+        "place of the config's limit, as in `generate`",
         _not_a("a list", list, tuple), "Pass a `StoppingCriteriaList`", TypeError),
     Row("prefix_allowed_tokens_fn", "argument", "honoured", "called once per row and emitted token, in order",
         Condition("not callable", lambda value: not callable(value)), "Pass a function of batch id and ids", TypeError),

@@ -173,7 +173,8 @@ class PearlEngine:
                 request_id=row,
                 num_prompt_tokens=len(prompt.token_ids),
                 padding=prompt.padding,
-                max_length=rules.max_length - len(prompt.padding),
+                # A criterion that the prompt fulfils ends it behind its first token, as in `generate`.
+                max_length=max(rules.max_length - len(prompt.padding), len(prompt.token_ids) + 1),
                 verified=list(prompt.token_ids),
                 seed=seed,
                 noise=None if seed is None else NoiseSource(seed, vocab_size, device),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import operator
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from .arguments import check_arguments
 from .config import PearlConfig
 from .decoding.noise import draw_call_seed
 from .decoding.request import Request
-from .decoding.rules import Rules
+from .decoding.rules import Rules, length_limit
 from .decoding.stats import PearlStats
 from .engine import Prompt
 from .forks import in_forked_children
@@ -184,17 +183,12 @@ def _rules(
     generation_config: GenerationConfig,
     streamer: Any,
 ) -> Rules:
-    try:
-        max_length = operator.index(generation_config.max_length)
-    except TypeError:  # NaN would never be reached.
-        seen = repr(generation_config.max_length)
-        raise TypeError(f"`max_length`, or what `max_new_tokens` makes of it, is {seen}. Pass an int.") from None
     returns_dict = bool(generation_config.return_dict_in_generate)
     return Rules(
         processors=processors,
         criteria=criteria,
         do_sample=bool(generation_config.do_sample),
-        max_length=max_length,
+        max_length=length_limit(criteria),
         pad_token_id=compat.pad_token_id(generation_config),
         output_scores=returns_dict and bool(generation_config.output_scores),
         output_logits=returns_dict and bool(generation_config.output_logits),

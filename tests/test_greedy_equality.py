@@ -30,7 +30,8 @@ from models import (
     tiny_model,
     tiny_tokenizer,
 )
-from transformers import GenerationConfig, PreTrainedModel, WatermarkingConfig
+from transformers import GenerationConfig, MaxLengthCriteria, PreTrainedModel, WatermarkingConfig
+from transformers.utils import logging
 
 from hf_pearl import PearlConfig
 
@@ -373,6 +374,54 @@ def test_every_limit_on_new_tokens(target: PreTrainedModel, draft: PreTrainedMod
                 expected, _ = assert_equal(target, guesser, inputs, config, max_new_tokens=num_new)
                 assert expected.shape[1] == num_new
                 assert_equal(target, guesser, inputs, config, max_length=length + num_new)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("arguments", [{}, {"repetition_penalty": 1.3}, {"eos_token_id": [11, 12]}])
+def test_a_length_criterion_of_the_user_takes_the_place_of_the_config_s(
+    arguments: dict[str, Any], execution: str, target: PreTrainedModel
+) -> None:
+    """Whether it ends earlier or later, or is fulfilled by the prompt; of several, the least counts."""
+    inputs = random_prompts(random.Random(24), 3, (3, 9))
+    length = inputs["input_ids"].shape[1]
+    for limits in ((length + 7,), (length + 40,), (1,), (length + 11, length + 30), (length + 30, length + 11)):
+        for draft_length in (5, "auto"):
+            config = PearlConfig(draft_length=draft_length, execution=execution)
+            criteria = {"stopping_criteria": [MaxLengthCriteria(limit) for limit in limits]}
+            expected, output = assert_equal(target, target, inputs, config, max_new_tokens=20, **criteria, **arguments)
+            if "eos_token_id" not in arguments:
+                assert expected.shape[1] == max(1, min(limits) - length)
+            if draft_length == 5 and execution == "inline" and min(limits) == length + 40:
+                assert output.pearl.target_forwards < 20, "behind the config's limit, nothing was drafted"
+
+
+def test_that_a_criterion_takes_another_s_place_is_said_as_often_as_in_generate(
+    target: PreTrainedModel, draft: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.get_logger("transformers.generation.utils")
+    inputs = random_prompts(random.Random(25), 2, (3, 9))
+    arguments = {**inputs, "do_sample": False, "max_new_tokens": 9, "stopping_criteria": [MaxLengthCriteria(15)]}
+    said = []
+    for more in ({}, {"assistant_model": draft, "pearl": INLINE}):
+        logger.warning_once.cache_clear()
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            logging.enable_propagation()
+            try:
+                target.generate(**arguments, **more)
+            finally:
+                logging.disable_propagation()
+        said.append([record.getMessage() for record in caplog.records])
+    assert said[0] == said[1]
+    assert sum("MaxLengthCriteria" in message for message in said[0]) == 1
+
+
+def test_a_length_criterion_of_the_user_must_be_whole(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    inputs = random_prompts(random.Random(26), 1, (3,))
+    for limit in (9.5, float("nan")):
+        criteria = [MaxLengthCriteria(limit)]  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"`MaxLengthCriteria` says, is {limit}. Pass an int"):
+            target.generate(**inputs, stopping_criteria=criteria, assistant_model=draft, pearl=INLINE)
 
 
 def test_settings_in_a_config_in_the_model_s_own_and_overridden_by_none(draft: PreTrainedModel) -> None:

@@ -27,6 +27,7 @@ from models import (
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MinPLogitsWarper,
     PreTrainedModel,
     TemperatureLogitsWarper,
@@ -251,6 +252,25 @@ def run_reference(seed: int, num_runs: int) -> None:
 
 def test_stock_greedy_decoding_with_our_noise_as_a_processor_gives_our_sampled_tokens(seed: int) -> None:
     run_reference(seed, 200)
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}])
+@pytest.mark.parametrize("verification", ["coupled", "rejection"])
+def test_a_length_criterion_of_the_user_ends_sampled_answers(
+    verification: str, settings: dict[str, Any], target: PreTrainedModel, draft: PreTrainedModel
+) -> None:
+    """Earlier than the config's limit, or later."""
+    inputs = random_prompts(random.Random(13), 3, range(1, 20))
+    length = inputs["input_ids"].shape[1]
+    config = replace(INLINE, seed=14, draft_length=4, verification=verification)
+    for limit in (length + 7, length + 30):
+        criteria = {"stopping_criteria": [MaxLengthCriteria(limit)]}
+        output = sample(target, draft, inputs, config, **criteria, **settings).sequences
+        assert output.shape[1] == limit
+        if verification == "coupled":
+            noise = NoiseProcessor(14, (inputs["attention_mask"] == 0).sum(dim=1).tolist())
+            arguments = {**criteria, **settings, "max_new_tokens": 20, "logits_processor": [noise]}
+            assert output.tolist() == target.generate(**inputs, do_sample=False, **arguments).tolist()
 
 
 @pytest.mark.slow

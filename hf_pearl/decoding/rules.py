@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ class Rules:
     pad_token_id : int or None
         What finished rows are filled with.
     max_length : int
-        Length, padding included, at which every row ends.
+        Length, padding included, at which every row ends: `length_limit` of the criteria.
     """
 
     processors: LogitsProcessorList
@@ -60,3 +61,23 @@ class Rules:
             and all(type(criterion) in knows_rows for criterion in self.criteria)
             and (self.pads_finished_rows or all(type(c) is MaxLengthCriteria for c in self.criteria))
         )
+
+
+def length_limit(criteria: StoppingCriteriaList) -> int:
+    """Length, padding included, at which criteria end every row.
+
+    It need not be the config's: in a merged list a user's `MaxLengthCriteria` stands in the place of transformers' own.
+
+    Raises
+    ------
+    TypeError
+        A limit is no whole number.
+    """
+    limits = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
+    try:
+        return min(map(operator.index, limits))
+    except TypeError:  # NaN would never be reached.
+        seen = ", ".join(map(repr, limits))
+        raise TypeError(
+            f"`max_length`, or what `max_new_tokens` makes of it or a `MaxLengthCriteria` says, is {seen}. Pass an int."
+        ) from None
