@@ -241,10 +241,8 @@ class PearlEngine:
         if execution == "processes" and self.workers.worker is not None:
             return self.workers.worker.call(vocab_size, processors, pad_token_id, free_running, config)
         lane = self._lane("draft", draft, config)
-        if lane.device != self.caches["target"].device:
-            processors = copies_on(lane.device, processors)
         distributions = LocalDistributions(MAX_LINE) if config.verification == "rejection" else None
-        proposer = Proposer(vocab_size, processors, pad_token_id, distributions)
+        proposer = Proposer(vocab_size, copies_on(lane.device, processors), pad_token_id, distributions)
         # How often guesses stand that were drawn apart says nothing of those that share the target's noise.
         calibration = self.learnt.calibration if distributions is None else Calibration()
         # Lanes that take turns have no time for guesses beside the likeliest line.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -30,7 +31,13 @@ from models import (
     tiny_model,
     tiny_tokenizer,
 )
-from transformers import GenerationConfig, MaxLengthCriteria, PreTrainedModel, WatermarkingConfig
+from transformers import (
+    GenerationConfig,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    SequenceBiasLogitsProcessor,
+    WatermarkingConfig,
+)
 from transformers.utils import logging
 
 from hf_pearl import PearlConfig
@@ -247,6 +254,30 @@ def test_bad_words_and_minimal_lengths(target: PreTrainedModel, draft: PreTraine
         for guesser in (draft, target):
             expected, _ = assert_equal(target, guesser, inputs, max_new_tokens=30, **arguments)
             assert expected.tolist() != plain
+
+
+@pytest.mark.parametrize("arguments", [{"sequence_bias": {(5,): 4.0, (6, 7): 9.0}}, {"bad_words_ids": [[5], [6, 7]]}])
+def test_a_processor_that_makes_its_tensors_at_its_first_call_belongs_to_one_thread(
+    arguments: dict[str, Any], target: PreTrainedModel, draft: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is a moment at which it has no bias yet: the target must not call it then."""
+    made: list[tuple[str, SequenceBiasLogitsProcessor]] = []
+    make = SequenceBiasLogitsProcessor._prepare_bias_variables
+
+    def note_and_make(self: SequenceBiasLogitsProcessor, scores: torch.Tensor) -> None:
+        made.append((threading.current_thread().name, self))
+        make(self, scores)
+
+    inputs = random_prompts(random.Random(27), 2, (3, 9))
+    expected = target.generate(**inputs, **arguments, do_sample=False, max_new_tokens=20)
+    monkeypatch.setattr(SequenceBiasLogitsProcessor, "_prepare_bias_variables", note_and_make)
+    config = PearlConfig(execution="threads", draft_length=4)
+    output = target.generate(
+        **inputs, **arguments, do_sample=False, max_new_tokens=20, assistant_model=draft, pearl=config
+    )
+    assert output.tolist() == expected.tolist()
+    assert sorted(name for name, _ in made) == ["MainThread", "hf_pearl draft lane"]
+    assert made[0][1] is not made[1][1]
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)

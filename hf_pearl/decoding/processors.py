@@ -74,7 +74,11 @@ def draft_processors(processors: LogitsProcessorList) -> LogitsProcessorList:
 
 
 def copies_on(device: torch.device, processors: LogitsProcessorList) -> LogitsProcessorList:
-    """Copies whose tensors lie on another device, for a draft that does not lie where its target does."""
+    """Copies for the draft, their tensors on its device.
+
+    Some make their tensors at their first call (`SequenceBiasLogitsProcessor`). Two threads that share one would then
+    each see it half made.
+    """
     copies = [copy.copy(processor) for processor in processors]
     for each in copies:
         vars(each).update({name: _on(device, value) for name, value in vars(each).items()})
