@@ -41,6 +41,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 import hf_pearl
 from hf_pearl import LaunchedPair, PearlConfig, PearlUnsupportedModelError, PearlWorkerError
 from hf_pearl.benchmark.near_tie import first_difference, is_near_tie
+from hf_pearl.launching import rank_checks
 from hf_pearl.launching.rank_devices import first_devices
 from hf_pearl.pair import demo_pair_folder
 from hf_pearl.parallel import heartbeat
@@ -327,6 +328,19 @@ def test_a_size_that_torchrun_has_not_started_is_refused_by_the_number_that_it_h
         monkeypatch.setenv("WORLD_SIZE", num_ranks)
         with pytest.raises(ValueError, match=rf"{num_ranks} ranks run, and .* is {sizes[0]} \+ {sizes[1]}\."):
             hf_pearl.launch(*saved.folders, target_tp=sizes[0], draft_tp=sizes[1])
+
+
+def test_a_draft_under_a_launcher_is_refused_on_systems_without_events(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By every rank, before any of them waits for the others; without a draft nothing needs them."""
+    monkeypatch.setattr(rank_checks, "HAS_EVENTS", False)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in "012":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(NotImplementedError, match=r"a draft .* needs Linux .*Leave `draft` out"):
+            hf_pearl.launch(*saved.folders, target_tp=2)
+        rank_checks.check_ranks(torch.device("cpu"), 3, 0)
 
 
 def test_a_model_that_is_loaded_is_refused(saved: Saved) -> None:

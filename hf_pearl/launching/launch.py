@@ -61,8 +61,9 @@ def launch(
     FileNotFoundError
         There are no weights in safetensors.
     NotImplementedError
-        Several ranks on another system than Linux, in a frozen app, or on devices that are neither CPUs nor CUDA's; or
-        several of a target or a draft that cannot be cut (`PearlUnsupportedModelError`).
+        Several ranks (under `torchrun`: a draft) on another system than Linux; several in a frozen app, or on devices
+        that are neither CPUs nor CUDA's; or several of a target or a draft that cannot be cut
+        (`PearlUnsupportedModelError`).
     PearlWorkerError
         A rank could not be started.
     """

@@ -45,7 +45,7 @@ def check_ranks(device: torch.device, target_tp: int, draft_tp: int) -> None:
         A launcher has started another number, or they take more open files than a process may have.
     NotImplementedError
         `launch` would have to start several on another system than Linux, in a frozen app, or for a `device` that is
-        neither a CPU nor CUDA's.
+        neither a CPU nor CUDA's; or a launcher has started them, with a draft, on another system than Linux.
     """
     if in_world():
         _check_world(target_tp, draft_tp)
@@ -54,6 +54,11 @@ def check_ranks(device: torch.device, target_tp: int, draft_tp: int) -> None:
 
 
 def _check_world(target_tp: int, draft_tp: int) -> None:
+    if draft_tp and not HAS_EVENTS:  # On every rank: none waits for the others.
+        raise NotImplementedError(
+            "a draft on ranks of its own needs Linux (memfd, eventfd). Leave `draft` out, or run this without a "
+            "launcher, with `target_tp` and `draft_tp` at 1."
+        )
     num_ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     asked = target_tp + draft_tp
     if asked != num_ranks:
