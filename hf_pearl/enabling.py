@@ -27,6 +27,13 @@ def _in_forked_child() -> None:
 in_forked_children(_in_forked_child)
 
 
+class GenerateWithPearl(functools.partial[Any]):
+    """A model's own `generate`, which takes `pearl`, among its attributes.
+
+    Not a bound method, which would be pickled by its name as an attribute of the model's class.
+    """
+
+
 def enable(model: Any = None) -> None:
     """Give `generate` the argument `pearl`: of one model, or, without an argument, of every transformers model.
 
@@ -42,14 +49,13 @@ def enable(model: Any = None) -> None:
             return
         inner = generative_model(model)
         if not _is_enabled(inner):
-            # Not a bound method, which would be pickled by its name as an attribute of the model's class.
-            inner.generate = functools.partial(_generate_of_one_model, inner)
+            inner.generate = GenerateWithPearl(_generate_of_one_model, inner)
 
 
 def enable_pair(target: Any, draft: Any) -> None:
     """`enable(target)`, and let `draft` and `pearl=True` be what its `generate` does unless told otherwise."""
     with _lock:
-        target.generate = functools.partial(_generate_of_pair, target, draft)
+        target.generate = GenerateWithPearl(_generate_of_pair, target, draft)
 
 
 def disable(model: Any = None) -> None:
@@ -67,18 +73,21 @@ def disable(model: Any = None) -> None:
 
 @contextmanager
 def enabled(model: Any) -> Iterator[None]:
-    """A scope in which one model has the argument `pearl`, and after which it is as it was before."""
-    was_enabled = _is_enabled(generative_model(model))
-    enable(model)
+    """A scope in which one model, on this rank alone, takes `pearl`, and after which it is as it was before."""
+    inner = generative_model(model)
+    before = vars(inner).get("generate")
+    inner.generate = GenerateWithPearl(_generate_of_one_model, inner)
     try:
         yield
     finally:
-        if not was_enabled:
-            disable(model)
+        if before is None:
+            vars(inner).pop("generate", None)
+        else:
+            inner.generate = before
 
 
 def _is_enabled(model: Any) -> bool:
-    return getattr(vars(model).get("generate"), "func", None) in (_generate_of_one_model, _generate_of_pair)
+    return isinstance(vars(model).get("generate"), GenerateWithPearl)
 
 
 def _with_pearl(original: Any) -> Any:

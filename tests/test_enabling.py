@@ -14,6 +14,7 @@ from transformers import GenerationConfig, GenerationMixin, LlamaForCausalLM
 
 import hf_pearl
 from hf_pearl import PearlConfig, PearlGenerationMixin
+from hf_pearl.enabling import enabled
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9]])
 INLINE = PearlConfig(execution="inline")
@@ -49,6 +50,29 @@ def test_one_model_is_enabled_and_no_other(target: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="pearl"):
         decode(other, pearl=True)
     hf_pearl.disable(target)
+    assert "generate" not in vars(target)
+
+
+def test_a_scope_leaves_a_generate_that_was_there_before(target: LlamaForCausalLM) -> None:
+    """Of whomever: it was replaced, and then deleted."""
+    expected = decode(target)
+
+    def own(*args: object, **kwargs: object) -> str:
+        return "own"
+
+    target.generate = own
+    with enabled(target):
+        assert torch.equal(decode(target, pearl=INLINE), expected)
+    assert target.generate is own
+    del target.generate
+    hf_pearl.enable(target)
+    before = target.generate
+    with enabled(target), enabled(target):
+        assert torch.equal(decode(target, pearl=INLINE), expected)
+    assert target.generate is before
+    hf_pearl.disable(target)
+    with enabled(target):
+        pass
     assert "generate" not in vars(target)
 
 

@@ -255,6 +255,7 @@ def test_a_draft_that_stands_still_is_given_up_and_costs_no_token(target_tp: int
 PIPELINES = """
 import json, os
 import hf_pearl, torch
+from hf_pearl.enabling import enabled
 from transformers import AutoTokenizer, pipeline
 sizes = dict(target_tp={target_tp}, draft_tp={draft_tp}, dtype=torch.float64)
 pair = hf_pearl.launch({target!r}, {draft!r}, **sizes)
@@ -273,10 +274,19 @@ for work in (lambda: hf_pearl.tune(pair.target, pair.draft, [[1, 2]]), lambda: h
         work()
     except NotImplementedError as error:
         errors.append(str(error))
+before = pair.target.generate
+hf_pearl.enable(pair.target)
+with enabled(pair.target):
+    pass
+assert pair.target.generate is before
 outputs.append(both[1](texts, **options))
-with open(f"{folder}/{{os.environ['RANK']}}.json", "w") as file:
-    json.dump([outputs, errors], file)
 pair.close()
+try:
+    closed = pair.target.generate(torch.tensor([[1, 2, 3]]), **options).tolist()
+except hf_pearl.PearlWorkerError as error:
+    closed = str(error)
+with open(f"{folder}/{{os.environ['RANK']}}.json", "w") as file:
+    json.dump([outputs, errors, closed], file)
 pair.close()
 """
 
@@ -301,7 +311,10 @@ def test_pipelines_over_the_target_work_on_every_rank_and_what_cannot_is_refused
     plain = pipeline("text-generation", model=saved.target, tokenizer=tokenizer)
     expected = plain(["abc", "fed abc"], do_sample=False, max_new_tokens=NEW_TOKENS)
     assert set(found) == set(map(str, range(sum(sizes))))
-    for rank, (outputs, (rejection, tuned, planned)) in found.items():
+    ordinary = saved.target.generate(torch.tensor([[1, 2, 3]]), do_sample=False, max_new_tokens=NEW_TOKENS).tolist()
+    for rank, (outputs, (rejection, tuned, planned), closed) in found.items():
+        has_all = sizes[1] == 1 and rank == "0"
+        assert closed == (ordinary if has_all else "this pair has been closed: `launch` it again.")
         assert outputs == [expected] * 5
         kind = "NotImplementedError: " if rank == "0" else "PearlWorkerError: `generate` failed on rank 0: "
         assert rejection.startswith(kind) and '`verification="rejection"` needs the draft' in rejection

@@ -9,8 +9,7 @@ from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase, pip
 
 from ..enabling import disable, enable_pair
 from ..errors import PearlWorkerError
-from ..parallel.ranks.lane import leader_of
-from ..parallel.ranks.models import close_ranks
+from ..parallel.ranks.models import close_ranks, is_whole
 from ..registry import release
 
 
@@ -59,7 +58,7 @@ class LaunchedPair:
         """
         if not self._is_closed:
             self._is_closed = True
-            if leader_of(self.target) is None:
+            if is_whole(self.target):
                 disable(self.target)
         for model in (self.target, self.draft):
             if model is not None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..device_arguments import present
+from ..enabling import GenerateWithPearl
 from ..errors import PearlWorkerError
 from ..pair import load_model
 from ..parallel.cores import leaving_cores
@@ -72,7 +73,7 @@ class WorldPair(LaunchedPair):
         dist.barrier(everyone)  # Nobody generates before all have loaded.
         super().__init__(held_target, held_draft)
         self._decode = self.target.generate
-        self.target.generate = self.generate  # Pipelines call the model's.
+        self.target.generate = GenerateWithPearl(self.generate)  # Pipelines call the model's.
 
     def _hold(self, model: RankModel, groups: LaneGroups) -> PreTrainedModel:
         """What this rank has of a model: all, a part, or none of it."""
@@ -156,7 +157,7 @@ class WorldPair(LaunchedPair):
     def close(self) -> None:
         """Give everything back; all ranks call it, as it ends the process group if `launch` has begun it.
 
-        In a fork of a rank there is nothing to give back.
+        A target in one piece is an ordinary model then, on rank 0. In a fork of a rank there is nothing to give back.
         """
         if self._owner != os.getpid():
             return

@@ -82,9 +82,14 @@ def rank_model_of(model: torch.nn.Module) -> RankModel | None:
     return _stand_ins.get(model)
 
 
+def is_whole(model: torch.nn.Module) -> bool:
+    """Whether no other ranks hold a model, or parts of it."""
+    return rank_model_of(model) is None and not (isinstance(model, PreTrainedModel) and part_of(model) is not None)
+
+
 def check_whole(argument: str, model: torch.nn.Module, cure: str) -> None:
-    """Raise `NotImplementedError` for a model that other ranks hold, or parts of it."""
-    if rank_model_of(model) is not None or (isinstance(model, PreTrainedModel) and part_of(model) is not None):
+    """Raise `NotImplementedError` for a model that is not whole."""
+    if not is_whole(model):
         raise NotImplementedError(
             f"`{argument}` is a {type(model).__name__} of `hf_pearl.launch` of which this process holds one part, or "
             f"none. {cure}"
