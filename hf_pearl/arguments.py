@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import TransformersKwargs
 
 from hf_pearl.argument_table import MODEL_INPUT, TABLE, Row, arguments_page, arguments_table
+from hf_pearl.models import unwrap
 
 __all__ = ["arguments_page", "arguments_table", "check_arguments"]
 
@@ -88,24 +89,11 @@ def _shown(value: object) -> str:
 # Models.
 
 
-def _unwrapped(model: Any) -> Any:
-    """Return the model inside `torch.compile` and PEFT wrappers."""
-    while isinstance(model, torch.nn.Module) and not isinstance(model, PreTrainedModel):
-        base: Any = getattr(model, "get_base_model", None)
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif callable(base):
-            model = base()
-        else:
-            break
-    return model
-
-
 def _check_assistant(assistant: Any) -> None:
     """Refuse a draft that is no causal language model, or one of a kind that a lane cannot run."""
     if assistant is None:
         return
-    row, inner = TABLE["assistant_model"], _unwrapped(assistant)
+    row, inner = TABLE["assistant_model"], unwrap(assistant)
     if not isinstance(inner, PreTrainedModel):
         cure = "" if isinstance(assistant, str) else "Pass a `PreTrainedModel`, without any wrapper but PEFT's"
         raise _refusal("assistant_model", assistant, row, "it is not a model of transformers", cure)
@@ -116,7 +104,7 @@ def _check_assistant(assistant: Any) -> None:
 
 def _check_model(name: str, model: Any) -> None:
     """Refuse a target (`name` is "model") or draft whose architecture or adapter a lane cannot run."""
-    inner = _unwrapped(model)
+    inner = unwrap(model)
     if getattr(inner.config, "is_encoder_decoder", False):
         kind = "encoder-decoder"
     elif _is_recurrent(inner):

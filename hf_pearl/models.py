@@ -5,13 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside `torch.compile`'s and PEFT's wrappers, whose layers carry the adapters."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model inside `torch.compile`'s and PEFT's wrappers, whose layers carry the adapters.
+
+    The wrappers may be several, in any order; what holds no such model is given back without those it has.
+    """
+    while isinstance(model, torch.nn.Module) and not isinstance(model, PreTrainedModel):
+        base: Any = getattr(model, "get_base_model", None)
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif callable(base):
+            model = base()
+        else:
+            break
+    return model
 
 
 def generative_model(model: Any) -> Any:

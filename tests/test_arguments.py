@@ -41,6 +41,7 @@ from transformers import (
 from hf_pearl import argument_table
 from hf_pearl.argument_table import CUSTOM_ENTRY, MODEL_INPUT, TABLE
 from hf_pearl.arguments import arguments_page, arguments_table, check_arguments
+from hf_pearl.models import unwrap
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 40
@@ -355,6 +356,25 @@ def test_a_model_without_keys_and_values_in_one_layer_is_refused() -> None:
 
 def test_sliding_windows_are_accepted() -> None:
     check_call({"input_ids": IDS}, MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)))
+
+
+class Adapter(torch.nn.Module):
+    """A wrapper of PEFT's kind, around anything."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def get_base_model(self) -> torch.nn.Module:
+        return self.base
+
+
+def test_wrappers_are_taken_off_in_any_order() -> None:
+    for wrapped in (Adapter(torch.compile(MODEL)), torch.compile(Adapter(MODEL)), Adapter(Adapter(MODEL)), MODEL):
+        assert unwrap(wrapped) is MODEL
+        check_call({"assistant_model": wrapped})
+    for other in (None, "a name", MODEL.lm_head):
+        assert unwrap(other) is other
 
 
 def test_wrapped_drafts_are_accepted() -> None:
