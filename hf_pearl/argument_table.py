@@ -114,7 +114,8 @@ ARGUMENTS: tuple[Row, ...] = (
     Row("streamer", "argument", "honoured", "gets every verified token once, in order",
         Condition("without `put` and `end`", _is_no_streamer), "Pass a `BaseStreamer`", TypeError),
     Row("assistant_model", "argument", "honoured", "the draft; where there is none, plain decoding in the same engine",
-        Condition("not a causal language model (PEFT-wrapped or compiled ones are), or see the kind *model*"),
+        Condition("not a causal language model (PEFT-wrapped or compiled ones are), with a vocabulary that differs "
+                  "from the target's by more than padding (1024 tokens), or see the kind *model*"),
         "Load it with `AutoModelForCausalLM.from_pretrained(...)` and pass the model itself", TypeError),
     Row("tokenizer", "argument", "honoured", "the target's; `stop_strings` need it"),
     Row("assistant_tokenizer", "argument", "no effect", "draft and target must share one vocabulary",

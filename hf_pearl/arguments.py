@@ -22,6 +22,7 @@ from transformers.utils import TransformersKwargs
 
 from hf_pearl.argument_table import MODEL_INPUT, TABLE, Row, arguments_page, arguments_table
 from hf_pearl.models import unwrap
+from hf_pearl.vocabularies import MAX_PADDING, can_share_a_tokenizer, vocabulary_sizes
 
 __all__ = ["arguments_page", "arguments_table", "check_arguments"]
 
@@ -59,7 +60,7 @@ def check_arguments(
     """
     given = {name: value for name, value in call_arguments.items() if value is not None}
     _check_model("model", model)
-    _check_assistant(given.get("assistant_model"))
+    _check_assistant(given.get("assistant_model"), unwrap(model))
     _check_names(model, generation_config, given)
     fields = {name: getattr(generation_config, name, None) for name, row in TABLE.items() if row.kind == "config"}
     values = {name: value for name, value in fields.items() if value is not None} | given
@@ -89,8 +90,8 @@ def _shown(value: object) -> str:
 # Models.
 
 
-def _check_assistant(assistant: Any) -> None:
-    """Refuse a draft that is no causal language model, or one of a kind that a lane cannot run."""
+def _check_assistant(assistant: Any, target: PreTrainedModel) -> None:
+    """Refuse a draft that is no causal language model, of a kind that a lane cannot run, or no draft for the target."""
     if assistant is None:
         return
     row, inner = TABLE["assistant_model"], unwrap(assistant)
@@ -100,6 +101,11 @@ def _check_assistant(assistant: Any) -> None:
     _check_model("assistant_model", assistant)
     if not inner.can_generate():
         raise _refusal("assistant_model", inner, row, "it has no language-model head to draft with")
+    if not can_share_a_tokenizer(target, inner):
+        target_size, draft_size = vocabulary_sizes(target, inner)
+        reason = f"its vocabulary has {draft_size} tokens, and the target's {target_size}, which is more than padding"
+        cure = f"Take a draft that was made with the target's tokenizer (sizes may differ by {MAX_PADDING})"
+        raise _refusal("assistant_model", inner, row, reason, cure, ValueError)
 
 
 def _check_model(name: str, model: Any) -> None:

@@ -13,8 +13,8 @@ from .arguments import check_arguments
 from .cache.support import check_supported
 from .models import unwrap
 from .parallel.ranks.models import check_whole
+from .vocabularies import check_vocabularies
 
-MAX_PADDING = 1024  # entries by which vocabularies of one tokenizer differ at most: they are padded to multiples
 LEAST_TEMPERATURE = 1e-6  # Logits over less may overflow; the noise is long lost in their rounding then.
 _CURE = "Pass token ids, such as `[tokenizer(text).input_ids for text in texts]`."
 
@@ -27,21 +27,11 @@ def checked_models(target: Any, draft: Any) -> tuple[PreTrainedModel, PreTrained
             raise TypeError(f"`{name}` must be a causal language model of transformers, got {type(model).__name__}.")
         check_whole(name, model, "Pass a whole one, loaded by `from_pretrained`: it is called by itself, too.")
     target, draft = models.values()
+    check_vocabularies(target, draft)
     check_arguments(target, target.generation_config, {"assistant_model": draft})
     for model in models.values():
         check_supported(model)
-    check_vocabularies(target, draft)
     return target, draft
-
-
-def check_vocabularies(target: PreTrainedModel, draft: PreTrainedModel) -> None:
-    """Raise `ValueError` for models that cannot have one tokenizer; they do not know theirs, so only sizes tell."""
-    sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
-    if abs(sizes[0] - sizes[1]) > MAX_PADDING:
-        raise ValueError(
-            f"`draft` must have the vocabulary of `target`, which has {sizes[0]} tokens; got one of {sizes[1]}. Sizes "
-            f"may differ by padding (up to {MAX_PADDING}). Take a draft that was made with the target's tokenizer."
-        )
 
 
 def checked_prompts(

@@ -70,6 +70,7 @@ MODEL = LlamaForCausalLM(LlamaConfig(**SIZES))
 T5 = T5ForConditionalGeneration(
     T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
 )
+LARGE = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": VOCABULARY + 1025}))
 MAMBA = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4))
 TOKENIZER, SAME_TOKENIZER, OTHER_TOKENIZER = make_tokenizer("a"), make_tokenizer("a"), make_tokenizer("b")
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
@@ -125,6 +126,7 @@ REFUSED = [
     *of_config("assistant_model", "org/draft", MODEL.config, torch.nn.Linear(2, 2), LlamaModel(MODEL.config), True,
                error=TypeError),
     *of_config("assistant_model", T5, MAMBA),
+    *of_config("assistant_model", LARGE, error=ValueError),
     Case("assistant_tokenizer", {"assistant_tokenizer": TOKENIZER}, ValueError),
     Case("assistant_tokenizer", {"assistant_tokenizer": "gpt2", "tokenizer": TOKENIZER}, TypeError),
     Case("assistant_tokenizer", {"assistant_tokenizer": OTHER_TOKENIZER, "tokenizer": TOKENIZER}),
@@ -356,6 +358,19 @@ def test_a_model_without_keys_and_values_in_one_layer_is_refused() -> None:
 
 def test_sliding_windows_are_accepted() -> None:
     check_call({"input_ids": IDS}, MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)))
+
+
+def test_a_draft_may_have_a_padded_or_shortened_vocabulary_and_no_wholly_different_one() -> None:
+    padded = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": VOCABULARY + 1024}))
+    check_call({"assistant_model": padded})
+    check_call({"assistant_model": MODEL}, padded)
+    short = LlamaForCausalLM(MODEL.config)
+    short.lm_head = torch.nn.Linear(16, 8, bias=False)
+    check_call({"assistant_model": short})
+    with pytest.raises(ValueError, match=r"`assistant_model` .* 1065 tokens, and the target's 40, .*'s tokenizer"):
+        check_call({"assistant_model": LARGE})
+    with pytest.raises(ValueError, match=r"`assistant_model` .* 40 tokens, and the target's 1065, "):
+        check_call({"assistant_model": torch.compile(MODEL)}, Adapter(LARGE))
 
 
 class Adapter(torch.nn.Module):

@@ -16,11 +16,11 @@ from ..config import PearlConfig
 from ..errors import PearlUnsupportedModelError
 from ..model_devices import devices_of
 from ..models import unwrap
-from ..pair_checks import check_vocabularies
 from ..parallel.placement import MIN_TOKENS, stays
 from ..parallel.ranks.models import check_whole
 from ..parallel.tensor_parallel.plan import make_plan
 from ..tuning import Tuning
+from ..vocabularies import check_vocabularies
 from .footprint import Footprint
 from .planner import ASSUMED_ACCEPTANCE, LanePlan, split
 from .tensor_parallel_split import TensorParallelSplit, tensor_parallel_split
@@ -205,10 +205,10 @@ def _model(argument: str, given: Any, dtype: torch.dtype | None) -> tuple[PreTra
 
 
 def _check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    check_vocabularies(target, draft)
     check_arguments(target, target.generation_config, {"assistant_model": draft})
     for model in (target, draft):
         check_supported(model)
-    check_vocabularies(target, draft)
 
 
 def _machine(
