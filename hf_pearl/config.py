@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from .cache.backends import BACKENDS
+from .decoding.draft_tree import MAX_DRAFT_LENGTH
 from .decoding.drafting import MAX_WIDTH
 from .device_arguments import Devices, check_apart, named_devices
 
@@ -103,7 +104,7 @@ class PearlConfig:
 
     def __post_init__(self) -> None:
         if not _is_auto(self.draft_length):
-            _check_int("draft_length", self.draft_length, 1, 32, 'or "auto"')
+            _check_int("draft_length", self.draft_length, 1, MAX_DRAFT_LENGTH, 'or "auto"')
         _check_choice("execution", self.execution, _EXECUTIONS)
         _check_choice("verification", self.verification, ("coupled", "rejection"))
         _check_choice("cache_dtype", self.cache_dtype, ("auto", "float8_e4m3fn", torch.float8_e4m3fn))

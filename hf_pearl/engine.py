@@ -19,7 +19,8 @@ from .cache.support import check_supported
 from .config import PearlConfig
 from .decoding.calibration import Calibration
 from .decoding.draft_distributions import LocalDistributions
-from .decoding.drafting import MAX_LINE, Drafter
+from .decoding.draft_tree import longest_line
+from .decoding.drafting import Drafter
 from .decoding.loop import DecodingLoop
 from .decoding.messages import Admission
 from .decoding.noise import NoiseSource, request_seed
@@ -241,13 +242,14 @@ class PearlEngine:
         if execution == "processes" and self.workers.worker is not None:
             return self.workers.worker.call(vocab_size, processors, pad_token_id, free_running, config)
         lane = self._lane("draft", draft, config)
-        distributions = LocalDistributions(MAX_LINE) if config.verification == "rejection" else None
+        max_line = longest_line(config.draft_length)
+        distributions = LocalDistributions(max_line) if config.verification == "rejection" else None
         proposer = Proposer(vocab_size, copies_on(lane.device, processors), pad_token_id, distributions)
         # How often guesses stand that were drawn apart says nothing of those that share the target's noise.
         calibration = self.learnt.calibration if distributions is None else Calibration()
         # Lanes that take turns have no time for guesses beside the likeliest line.
         max_width = 1 if execution == "inline" else config.max_draft_width
-        drafter = Drafter(lane, proposer, calibration, free_running=free_running, max_width=max_width)
+        drafter = Drafter(lane, proposer, calibration, max_line, free_running, max_width)
         if execution == "inline":
             return InlineDraft(drafter, lane)
         return ThreadDraft(drafter, lane, free_running, lambda: interrupts.has_come)

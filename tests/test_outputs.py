@@ -254,6 +254,26 @@ def test_a_draft_that_is_always_right_saves_every_forward_it_can(target: PreTrai
         assert output.pearl.mean_accepted_tokens == draft_length + 1
 
 
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("verification", ["coupled", "rejection"])
+def test_the_longest_draft_is_verified_as_a_whole_while_the_next_one_is_drafted(
+    verification: str, execution: str, target: PreTrainedModel
+) -> None:
+    """A draft that is always right gives so many tokens per forward; rejection needs the distributions of all."""
+    inputs = random_prompts(random.Random(8), 1, (5,))
+    config = PearlConfig(execution=execution, draft_length=32, verification=verification, seed=3, prefix_cache=False)
+    output = target.generate(
+        **inputs,
+        do_sample=True,
+        max_new_tokens=1 + 4 * 32,
+        assistant_model=target,
+        pearl=config,
+        return_dict_in_generate=True,
+    )
+    assert output.pearl.target_forwards == 1 + 4
+    assert output.pearl.mean_accepted_tokens == 32
+
+
 def test_several_sequences_are_returned_per_prompt(target: PreTrainedModel, draft: PreTrainedModel) -> None:
     inputs = random_prompts(random.Random(9), 2, (3, 7))
     output = target.generate(

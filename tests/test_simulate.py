@@ -16,7 +16,7 @@ from models import enabled_for_tiny_models, noisy_copy, tiny_model
 import hf_pearl
 from hf_pearl import PearlConfig
 from hf_pearl.commands.command_line import PROMPTS, read_prompts
-from hf_pearl.decoding.drafting import MAX_LINE
+from hf_pearl.decoding.draft_tree import MAX_DRAFT_LENGTH
 from hf_pearl.decoding.recorded import TracedGuess
 from hf_pearl.decoding.simulation import Costs, Learnt, simulate_run
 from hf_pearl.simulate import _bound
@@ -169,7 +169,8 @@ def test_the_best_fixed_length_is_the_best_of_all(
     """Also where it is long, and where lengths before it gain nothing, or lose."""
     trace = trace_of([True] * 60)
     times = hf_pearl.simulate([trace], *costs)
-    runs = [simulate_run([trace.guesses], Costs(*costs), length, overlap).seconds for length in range(1, MAX_LINE + 1)]
+    lengths = range(1, MAX_DRAFT_LENGTH + 1)
+    runs = [simulate_run([trace.guesses], Costs(*costs), length, overlap).seconds for length in lengths]
     assert (times.lockstep if overlap else times.sequential) <= 1.05 * min(runs)
 
 

@@ -93,6 +93,14 @@ def test_lockstep_with_a_perfect_draft() -> None:
     assert run.stats.judged_at == run.stats.stood_at == [4, 4]
 
 
+@pytest.mark.parametrize("draft_length", [16, 17, 24, 32])
+def test_lockstep_with_a_perfect_draft_fills_long_windows_too(draft_length: int) -> None:
+    """A line has room for a window and for all that is drafted while that is verified: as many tokens per forward."""
+    run = simulate_run([trace_of([True] * (1 + 5 * draft_length))], CONSTANT, draft_length)
+    assert run.stats.target_forwards == 1 + 5
+    assert run.stats.judged_at == run.stats.stood_at == [5] * (draft_length - 1)
+
+
 def test_lockstep_waits_at_the_barrier_for_the_slower_lane() -> None:
     """7 steps beside the first forward, 5 beside the second (there is no room for more), none beside the third."""
     run = simulate_run([trace_of([True] * 13)], CONSTANT, draft_length=7)

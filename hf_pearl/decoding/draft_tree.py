@@ -8,6 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from .messages import MAX_TREE_TOKENS
+
+MAX_LINE = 32
+MAX_DRAFT_LENGTH = MAX_TREE_TOKENS // 2
+
+
+def longest_line(draft_length: int | str) -> int:
+    """Guesses beyond the verified tokens at which a line waits for a verdict.
+
+    In lockstep (an int) there is room for a window, and for as many guesses that are drafted while it is verified.
+    """
+    return MAX_LINE if isinstance(draft_length, str) else max(MAX_LINE, 2 * draft_length)
+
 
 class Candidate(NamedTuple):
     """A token that may come next: how sure the draft is of it, and what calibration makes of that."""

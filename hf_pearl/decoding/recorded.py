@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from transformers import LogitsProcessorList
 
-from .drafting import MAX_LINE
-from .messages import Window
+from .messages import MAX_TREE_TOKENS, Window
 from .proposal import Guess, Prefix, Proposer
 
 
@@ -143,7 +142,8 @@ class RecordedProposer(Proposer):
         traced = trace[place + 1 - len(self._prompts[prefix.request_id])]
         if traced.guess_ids:
             return list(map(Guess, traced.guess_ids, (traced.probability, *traced.others)))
-        is_right = token_ids[: prefix.length - 1][-MAX_LINE:] == prefix.token_ids()[1:][-MAX_LINE:]
+        # What is further back than the longest line is verified.
+        is_right = token_ids[: prefix.length - 1][-MAX_TREE_TOKENS:] == prefix.token_ids()[1:][-MAX_TREE_TOKENS:]
         rank = (0 if traced.stands else traced.rank) if is_right else None
         confidences = (traced.probability, *traced.others)
         right = token_ids[place]

@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteri
 
 from .benefit import Benefits
 from .calibration import Calibration
+from .draft_tree import longest_line
 from .drafting import MAX_WIDTH, Drafter
 from .lookup import LookupChances
 from .loop import DecodingLoop
@@ -235,7 +236,8 @@ def simulate_run(
         free_running = draft_length == "auto" and overlap
         lane = RecordedLane(prompts, traces, reads_prompts=costs.draft_prefill is not None)
         models = lane, RecordedProposer(prompts, traces)
-        drafter = TimedDrafter(costs, *models, learnt.calibration, free_running=free_running, max_width=max_width)
+        max_line = longest_line(draft_length)
+        drafter = TimedDrafter(costs, *models, learnt.calibration, max_line, free_running, max_width)
         draft = VirtualDraft(drafter, costs, clock, free_running)
     requests = _requests(prompts, max(len(trace) for trace in traces))
     lookup_chances = learnt.lookup_chances if overlap and has_tokens(traces) else None

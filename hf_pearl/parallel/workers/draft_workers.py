@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from transformers.utils import logging
 
 from ...config import PearlConfig
-from ...decoding.drafting import MAX_LINE
+from ...decoding.draft_tree import longest_line
 from ...fingerprint import fingerprint
 from ..cores import cores_for_worker
 from ..processes import POLL_SECONDS, ProcessDraft
@@ -129,7 +129,6 @@ class DraftWorker:
         pad_token_id: int,
         free_running: bool,
         config: PearlConfig | None = None,
-        max_line: int = MAX_LINE,
     ) -> ProcessDraft:
         """Begin a call, of which there is one at a time; the arguments are those of `Proposer` and `Drafter`."""
         self._num_calls += 1
@@ -142,7 +141,7 @@ class DraftWorker:
             config.cache_salt,
             config.eight_bit_cache,
             config.attention,
-            max_line,
+            longest_line(config.draft_length),
             config.max_draft_width,
             self.cache_blocks,
             config.verification == "rejection",
