@@ -60,8 +60,12 @@ def engine_for(target: PreTrainedModel, draft: PreTrainedModel | None) -> PearlE
         for parents in _inherited:
             parents.forget(target)
         if draft is None:
-            return _here.plain.setdefault(target, PearlEngine())
-        return _here.drafted.setdefault(target, weakref.WeakKeyDictionary()).setdefault(draft, PearlEngine())
+            engines, partner = _here.plain, target
+        else:
+            engines, partner = _here.drafted.setdefault(target, weakref.WeakKeyDictionary()), draft
+        if partner not in engines:
+            engines[partner] = PearlEngine()
+        return engines[partner]
 
 
 def engines_of(model: PreTrainedModel) -> list[PearlEngine]:

@@ -26,8 +26,9 @@ from models import (
 from transformers import PreTrainedModel
 
 import hf_pearl
-from hf_pearl import PearlConfig, PearlOutOfBlocksError
+from hf_pearl import PearlConfig, PearlOutOfBlocksError, registry
 from hf_pearl.cache.prefix_index import num_shared
+from hf_pearl.engine import PearlEngine
 
 TIMEOUT = 60.0  # seconds
 
@@ -50,6 +51,22 @@ def target() -> Iterator[PreTrainedModel]:
 def draft(target: PreTrainedModel) -> PreTrainedModel:
     """Right about three times in four."""
     return noisy_copy(target, 0.03, 2)
+
+
+def test_a_pair_s_engine_is_made_once(
+    target: PreTrainedModel, draft: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on every call, to be thrown away."""
+    made: list[PearlEngine] = []
+
+    def make() -> PearlEngine:
+        made.append(PearlEngine())
+        return made[-1]
+
+    monkeypatch.setattr(registry, "PearlEngine", make)
+    for partner in (None, draft):
+        assert registry.engine_for(target, partner) is registry.engine_for(target, partner) is made[-1]
+    assert len(made) == 2
 
 
 # Cached prefixes.
