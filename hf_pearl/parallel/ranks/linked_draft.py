@@ -1,6 +1,7 @@
-"""A draft lane in another rank of the world, as the engine sees it: torch.distributed carries what shared memory
+"""A draft lane in another rank of the world, as the engine sees it.
 
-carries on one host. What arrives is put into memory laid out as a worker's, so that `ProcessDraft` reads both.
+torch.distributed carries what shared memory carries on one host. What arrives is put into memory laid out as a
+worker's, so that `ProcessDraft` reads both.
 """
 
 from __future__ import annotations

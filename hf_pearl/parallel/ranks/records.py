@@ -177,9 +177,6 @@ class _Reader:
             raise MalformedRecordError(f"{word} where a number below {limit} belongs")
         return word
 
-    def backend(self) -> int:
-        return self.below(len(BACKENDS))
-
     def flag(self) -> bool:
         return bool(self.below(2))
 
