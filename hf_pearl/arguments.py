@@ -21,13 +21,12 @@ from transformers import (
 from transformers.utils import TransformersKwargs
 
 from hf_pearl.argument_table import MODEL_INPUT, TABLE, Row, arguments_page, arguments_table
+from hf_pearl.cache.support import ATTENTION_LAYERS
 from hf_pearl.models import unwrap
 from hf_pearl.vocabularies import MAX_PADDING, can_share_a_tokenizer, vocabulary_sizes
 
 __all__ = ["arguments_page", "arguments_table", "check_arguments"]
 
-# The kinds of layers (`config.layer_types`) that keep keys and values and nothing else; "attention" is an old name.
-ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 60

@@ -5,9 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from ..errors import PearlUnsupportedModelError
-
-# Kinds of layers, as configurations name them, that keep keys and values of every token, and nothing else.
-_WITH_KEYS_AND_VALUES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+from .support import ATTENTION_LAYERS
 
 
 def check_arguments(config: object, max_blocks: object, block_size: object, eight_bit: object) -> None:
@@ -25,7 +23,7 @@ def check_arguments(config: object, max_blocks: object, block_size: object, eigh
 
 def _check_layers(config: PreTrainedConfig) -> None:
     kinds = getattr(config, "layer_types", None) or getattr(config, "block_types", None) or ()
-    others = sorted(set(kinds) - _WITH_KEYS_AND_VALUES)
+    others = sorted(set(kinds) - ATTENTION_LAYERS)
     reason = f"layers of the kind {', '.join(map(repr, others))}" if others else ""
     if getattr(config, "num_attention_heads", None) is None:
         reason = "no attention layers"

@@ -9,8 +9,11 @@ from transformers import PreTrainedModel
 from ..compat import supports_attention_interface
 from ..errors import PearlUnsupportedModelError
 
-# Kinds of layers, as `config.layer_types` names them, that keep keys and values and nothing else.
-_PAGED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
+# Kinds of layers, as `config.layer_types` names them, that keep keys and values and nothing else; "attention" is an old
+# name.
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+# Those that our attention can compute: nobody tells it the size of a layer's chunks, which only masks show.
+_PAGED_LAYERS = ATTENTION_LAYERS - {"chunked_attention"}
 # Families whose logits tests compare (docs/models.md); a model of another one is tried before its first use.
 TESTED_FAMILIES = frozenset(
     {
