@@ -32,10 +32,10 @@ from transformers import PreTrainedModel
 import hf_pearl
 from hf_pearl import PearlConfig
 from hf_pearl.benchmark.near_tie import first_difference, is_near_tie
-from hf_pearl.cache.sizing import free_cuda_memory, main_memory
+from hf_pearl.cache.sizing import CUDA_SHARE, free_cuda_memory, main_memory
 from hf_pearl.decoding import noise
 from hf_pearl.pair import PROMPTS
-from hf_pearl.parallel.memory import CUDA_SHARE, cache_share
+from hf_pearl.parallel.memory import cache_share
 from hf_pearl.parallel.workers.shipping import pack
 from hf_pearl.registry import engines_of
 

@@ -16,7 +16,8 @@ from .paged_layer import Held
 
 # Measured (docs/cache.md): blocks in runs cost the same at any size; smaller ones share and waste less memory.
 DEFAULT_BLOCK_SIZE = 16
-CPU_SHARE = 0.25
+CPU_SHARE = 0.25  # of all memory
+CUDA_SHARE = 0.9  # of what weights and the largest forward leave
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 

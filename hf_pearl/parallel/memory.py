@@ -7,15 +7,13 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..cache.sizing import DEFAULT_BLOCK_SIZE, CacheNeeds, free_cuda_memory, memory_share, num_blocks_for
+from ..cache.sizing import CUDA_SHARE, DEFAULT_BLOCK_SIZE, CacheNeeds, free_cuda_memory, memory_share, num_blocks_for
 from ..decoding.loop import MAX_TOKENS_PER_FORWARD
 from ..decoding.messages import Window
 from ..model_devices import devices_of, input_device
 from .ranks.lane import new_cache, new_lane, num_ranks_here
 from .ranks.models import rank_model_of
 from .tensor_parallel import num_key_value_heads
-
-CUDA_SHARE = 0.9
 
 
 def cache_needs(model: PreTrainedModel, eight_bit: bool) -> list[CacheNeeds]:

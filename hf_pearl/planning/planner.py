@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..cache.sizing import CPU_SHARE
-from ..parallel.memory import CUDA_SHARE
+from ..cache.sizing import CPU_SHARE, CUDA_SHARE
 from .footprint import Footprint
 from .topology import Device
 

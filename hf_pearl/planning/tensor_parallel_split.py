@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..parallel.memory import CUDA_SHARE
+from ..cache.sizing import CUDA_SHARE
 from .footprint import Footprint
 from .planner import ALL_REDUCE_SECONDS, ASSUMED_ACCEPTANCE, ASSUMED_BANDWIDTH, forward_seconds
 from .topology import Device
