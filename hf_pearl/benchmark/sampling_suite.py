@@ -20,11 +20,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..commands.option_types import writable_file
 from ..config import PearlConfig
 from ..decoding.noise import ACCEPT_STREAM, DRAFT_STREAM, RESIDUAL_STREAM, SHARED_STREAM, gumbel_noise, request_seed
 from ..decoding.rejection import correct, stands
 from ..enabling import disable, enable
+from ..option_types import writable_file
 from ..pair import PROMPTS, load_demo_pair
 from ..registry import release
 from .machine import describe_machine, describe_versions

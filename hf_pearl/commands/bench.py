@@ -32,6 +32,7 @@ from ..benchmark.plot import MISSING, is_matplotlib_available, plot
 from ..benchmark.recording import describe_model, described, figures, measure_with_progress, write_json
 from ..benchmark.untrained import untrained
 from ..enabling import disable, enable
+from ..option_types import at_least_one, png_file, positive_int, writable_file, writable_folder
 from ..registry import release
 from .command_line import (
     EMBEDDED,
@@ -43,7 +44,6 @@ from .command_line import (
     make_prompts,
 )
 from .gpu import add_gpu_options, run_gpu
-from .option_types import at_least_one, png_file, positive_int, writable_file, writable_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

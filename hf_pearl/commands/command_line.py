@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..benchmark import Workload
 from ..errors import first_line
+from ..option_types import positive_int, seed, temperature
 from ..pair import PACKAGED, PROMPTS, default_device, demo_pair_folder, load_model
 from ..pair_checks import checked_models
 from ..smollm2 import QUESTIONS, as_chat, load_smollm2_pair
-from .option_types import positive_int, seed, temperature
 
 Pair = tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]
 

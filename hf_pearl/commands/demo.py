@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from ..benchmark import DEMO, PEARL, Measurement, Workload, complete, notes, table, warm_up
 from ..benchmark.recording import describe_model, figures, measure_with_progress, write_json
 from ..enabling import disable, enable
+from ..option_types import positive_int, writable_file
 from ..registry import release
 from ..streaming import DRAFTED, PLAIN, VerifiedStreamer
 from .command_line import add_pair_options, add_workload_options, load_pair, make_workload
-from .option_types import positive_int, writable_file
 
 DIM = "\x1b[2m"
 

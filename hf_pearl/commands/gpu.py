@@ -12,8 +12,8 @@ import torch
 
 from ..benchmark.gpu import FULL, QUICK, Extent, failures, gpu_tables, measure_gpu, part_names
 from ..benchmark.recording import described, write_json
+from ..option_types import at_least_one
 from .command_line import EMBEDDED, UsageError, named_device
-from .option_types import at_least_one
 
 MADE_WITH = ("dtype", "is_quick", "versions", "machine")  # the same for all figures of a file
 

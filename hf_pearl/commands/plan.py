@@ -10,10 +10,10 @@ import argparse
 
 import torch
 
+from ..option_types import positive_int
 from ..parallel.placement import MIN_TOKENS
 from ..planning.plan import plan
 from .command_line import DTYPES, UsageError, check_both_named, model_source
-from .option_types import positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 
 from ..benchmark.recording import describe_model
+from ..option_types import positive_int
 from ..registry import release
 from ..tuning import tune
 from .command_line import UsageError, add_pair_options, add_workload_options, load_pair, make_prompts
-from .option_types import positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import math
 import tempfile
 from pathlib import Path
 
-from ..pair_checks import LEAST_TEMPERATURE
+from .pair_checks import LEAST_TEMPERATURE
 
 
 def positive_int(text: str) -> int:
