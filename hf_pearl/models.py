@@ -1,4 +1,4 @@
-"""The transformers model inside what a user hands over, and its parts."""
+"""The transformers model inside what a user hands over, its parts, and whether it is quantised."""
 
 from __future__ import annotations
 
@@ -41,3 +41,9 @@ def all_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
                 known.add(id(part))
                 modules.append(part)
     return modules
+
+
+def is_quantised(model: PreTrainedModel) -> bool:
+    """Whether a model's weights were quantised by transformers, or its configuration says that they are."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer is not None or bool(getattr(model.config, "quantization_config", None))

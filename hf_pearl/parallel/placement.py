@@ -24,7 +24,7 @@ from ..compat import keys_left_in_place, modules_not_to_split
 from ..config import PearlConfig
 from ..device_arguments import named_devices, present
 from ..model_devices import devices_of, input_device, is_dispatched, is_offloaded
-from ..models import all_modules
+from ..models import all_modules, is_quantised
 from ..planning.footprint import Footprint
 from ..planning.planner import gib, split
 from ..planning.topology import Device, present_devices
@@ -58,7 +58,7 @@ _placed: weakref.WeakKeyDictionary[torch.nn.Module, Placed] = weakref.WeakKeyDic
 
 def why_fixed(model: PreTrainedModel) -> str | None:
     """Why a model must not be moved; None if it may be."""
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+    if is_quantised(model):
         return "is quantised"
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         return "is tensor-parallel"

@@ -7,7 +7,7 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
 from ...model_devices import devices_of, is_dispatched
-from ...models import all_modules
+from ...models import all_modules, is_quantised
 from ..tensor_parallel import part_of
 
 _KNOWN = ("torch.", "transformers.", "peft.", "hf_pearl.borrowed_embeddings.")  # packages and modules
@@ -22,7 +22,7 @@ def obstacle_to_capture(model: PreTrainedModel) -> str | None:
         return "accelerate's hooks move tensors in its forward"
     if part_of(model) is not None:
         return "it is one of several parts, whose ranks wait for each other in its forward"
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+    if is_quantised(model):
         return "it is quantised"
     if torch.is_autocast_enabled(next(model.parameters()).device.type):
         return "autocast is on, which keeps what it has cast"

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import PearlUnsupportedModelError
+from ...models import is_quantised
 from .cuts import Cut, HeadLayout, Piece, even_piece
 from .layers import PACKED, cut_layer
 
@@ -88,7 +89,7 @@ def make_plan(model: PreTrainedModel, rank: int, size: int) -> Plan:
     PearlUnsupportedModelError
         The model is quantised or has no plan, or there is something in it that would not be cut rightly, or not at all.
     """
-    if getattr(model.config, "quantization_config", None):
+    if is_quantised(model):
         raise unsupported(model, "its weights are quantised")
     plan = _cut_vocabulary(model, rank, size)
     for name, styles in _planned_layers(model, plan).items():

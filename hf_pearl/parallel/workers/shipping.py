@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ...models import is_quantised
 from ..ranks.models import load_first_part, rank_model_of
 from ..ranks.wire import RankModel
 from . import device_weights
@@ -85,7 +86,7 @@ def can_ship(model: PreTrainedModel) -> str | None:
     for kind in (type(model), type(model.config)):
         if not _can_import(kind):
             return f"its class {kind.__module__}.{kind.__qualname__} cannot be imported in another process"
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+    if is_quantised(model):
         return "it is quantised"
     for name, module in model.named_modules():
         reason = _why_not_module(module)
