@@ -22,3 +22,8 @@ class PearlWorkerError(PearlError):
 def first_line(error: BaseException) -> str:
     """What an error says, as far as it goes into a line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def described_error(error: BaseException) -> str:
+    """Its kind, and the first line of what it says."""
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import first_line
+from ..errors import described_error
 from ..parallel.cores import available_cores
 from ..registry import engines_of, release
 from .completion import Batch, Completion, Workload, complete
@@ -137,7 +137,7 @@ def _run_in_turns(
                     if name == "generate" or not unattended:
                         raise
                     method = next(each for each in methods if each.name == name)
-                    results[name] = MethodResult(method, error=f"{type(error).__name__}: {first_line(error)}")
+                    results[name] = MethodResult(method, error=described_error(error))
             turns = [*turns[1:], turns[0]]  # Nobody always runs behind the same one.
     for method in methods:
         if method.name not in results:

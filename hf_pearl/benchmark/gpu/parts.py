@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from ...errors import described_error
+
 Figures = dict[str, Any]
 Results = Mapping[str, Figures]  # part -> what was measured; those that were not are missing
 T = TypeVar("T")
@@ -152,12 +154,6 @@ def omissions(found: Figures) -> Iterator[tuple[str, str]]:
     for name, part in found["parts"].items():
         for figure, why in part.get("left_out", {}).items():
             yield f"{name}: {figure}", why
-
-
-def described_error(error: Exception) -> str:
-    """Its kind, and the first line of its message."""
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first_line}"
 
 
 def free_memory() -> None:
