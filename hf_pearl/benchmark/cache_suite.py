@@ -16,6 +16,7 @@ from ..cache.attention import paged_attention
 from ..cache.sizing import DEFAULT_BLOCK_SIZE
 from ..compat import cache_argument
 from ..decoding.messages import Window
+from ..device_guard import synchronize
 from ..parallel.lane import ModelLane
 
 BATCHES = (1, 4, 16)
@@ -164,10 +165,10 @@ def in_turns(turns: dict[str, Turn], num_steps: int, device: torch.device) -> di
     for step in range(num_steps + 2):
         for name, turn in turns.items():
             with turn.scope():
-                _synchronize(device)
+                synchronize(device)
                 started = time.perf_counter()
                 turn.run()
-                _synchronize(device)
+                synchronize(device)
                 if step >= 2:  # The first ones warm up.
                     seconds[name].append(time.perf_counter() - started)
             turn.undo()
@@ -255,8 +256,3 @@ def _random_tokens(model: PreTrainedModel) -> list[int]:
 
 def _milliseconds(seconds: dict[str, float]) -> dict[str, float]:
     return {f"{name}_ms": 1000 * each for name, each in seconds.items()}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..decoding.stats import PearlStats
+from ..device_guard import synchronize
 from .methods import Setting
 
 Batch = tuple[torch.Tensor, ...]
@@ -105,10 +106,10 @@ def complete(workload: Workload, setting: Setting, batch: Batch, streamer: Any =
         _assistant(workload.draft, setting.assistant),
         _counted(workload.target, setting.pearl is None) as forwards,
     ):
-        _synchronize(batch[0].device)
+        synchronize(batch[0].device)
         started = time.perf_counter()
         output = workload.target.generate(**arguments)
-        _synchronize(batch[0].device)
+        synchronize(batch[0].device)
         seconds = time.perf_counter() - started
     stats = None if setting.pearl is None else output.pearl
     sequences = output if setting.pearl is None else output.sequences
@@ -160,8 +161,3 @@ def _counted(model: PreTrainedModel, wanted: bool) -> Iterator[list[int]]:
     finally:
         if handle is not None:
             handle.remove()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

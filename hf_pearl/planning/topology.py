@@ -12,6 +12,7 @@ import torch
 
 from ..cache.sizing import free_cuda_memory, main_memory
 from ..device_arguments import one_device
+from ..device_guard import synchronize
 
 MAX_DEVICES = 128  # torch counts no further; every split of them is looked at.
 MAX_BYTES = 2**60  # of a device's memory, or that it reads per second
@@ -76,21 +77,27 @@ def other_device(name: str, held: int) -> Device:
 def bandwidth_of(device: torch.device) -> float | None:
     """Bytes that a device reads and writes per second, by copies of a large array; None where there is no room."""
     try:
-        source = torch.ones(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-        target = source.clone()
-    except (torch.OutOfMemoryError, RuntimeError):
+        return copy_bandwidth(device, _COPY_BYTES[device.type], _COPIES)
+    except RuntimeError:  # torch.OutOfMemoryError is one, too
         return None
-    _finish(device)
+
+
+def copy_bandwidth(device: torch.device, num_bytes: int, num_copies: int) -> float:
+    """Bytes that a device reads and writes per second while it copies a tensor, both counted; the mean of all copies.
+
+    Raises
+    ------
+    RuntimeError
+        There is no room for the tensor and its copy.
+    """
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    copy = source.clone()  # It warms up, too.
+    synchronize(device)
     started = time.perf_counter()
-    for _ in range(_COPIES):
-        target.copy_(source)
-    _finish(device)
-    return 2 * _COPIES * source.nbytes / (time.perf_counter() - started)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    for _ in range(num_copies):
+        copy.copy_(source)
+    synchronize(device)
+    return 2 * num_copies * num_bytes / (time.perf_counter() - started)
 
 
 def described_devices(devices: Any) -> tuple[Device, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .timing import synchronize
+from ...device_guard import synchronize
 
 # The first that is among the names of what ran: kernels, and operators of torch, which sometimes launch each other.
 ATTENTION = {

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...planning.topology import copy_bandwidth
 from .attention import Case, attention_figures
 from .models import Sizes, measure_model, measure_rival
 from .pairs import Asked, Size, measure_pair
@@ -19,7 +20,6 @@ from .parts import Attempts, Figures, Part, Results, needed, run_parts
 from .rivals import CONTINUOUS, STATIC
 from .shapes import QWEN3, Shape
 from .simulated import recorded, simulated_speed_ups
-from .timing import copy_bandwidth
 
 BANDWIDTH, ATTENTION = "copy bandwidth", "attention"
 

@@ -1,4 +1,4 @@
-"""How long something takes on a device, and how fast its memory is."""
+"""How long something takes on a device."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from collections.abc import Callable
 
 import torch
 
+from ...device_guard import synchronize
+
 NUM_WARM_UPS = 3
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def seconds_of(
@@ -31,10 +27,3 @@ def seconds_of(
         synchronize(device)
         runs.append(time.perf_counter() - started)
     return statistics.median(runs)
-
-
-def copy_bandwidth(device: torch.device, num_bytes: int, num_runs: int) -> float:
-    """Bytes per second that a device reads and writes while it copies a tensor, both counted."""
-    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    copy = torch.empty_like(source)
-    return 2 * num_bytes / seconds_of(lambda: copy.copy_(source), device, num_runs)
