@@ -55,7 +55,7 @@ def checked_prompts(
             raise ValueError(
                 f"`prompts[{place}]` has the token {unknown[0]}; the target knows those below {vocab_size}."
             )
-    _check_room(max(map(len, found)), models, max_new_tokens)
+    check_room(max(map(len, found)), models, max_new_tokens)
     return found
 
 
@@ -79,7 +79,8 @@ def _token_ids(name: str, prompt: Any) -> list[int]:
     return list(prompt)
 
 
-def _check_room(longest: int, models: Sequence[PreTrainedModel], max_new_tokens: int) -> None:
+def check_room(longest: int, models: Sequence[PreTrainedModel], max_new_tokens: int) -> None:
+    """Raise `ValueError` where a prompt of `longest` tokens and what is to follow are too long for target or draft."""
     for name, model in zip(("target", "draft"), models, strict=True):
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         if longest + max_new_tokens > limit:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..benchmark import Workload
 from ..errors import first_line
 from ..option_types import positive_int, seed, temperature
 from ..pair import PACKAGED, PROMPTS, default_device, demo_pair_folder, load_model
-from ..pair_checks import checked_models
+from ..pair_checks import check_room, checked_models
 from ..smollm2 import QUESTIONS, as_chat, load_smollm2_pair
 
 Pair = tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]
@@ -195,13 +194,8 @@ def make_prompts(args: argparse.Namespace, pair: Pair) -> tuple[torch.Tensor, ..
     lengths = [prompt.shape[1] for prompt in prompts]
     if not min(lengths):
         raise UsageError("--prompt: the tokenizer makes no token of it")
-    for model in (target, draft):
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        if max(lengths) + args.max_new_tokens > limit:
-            raise UsageError(
-                f"--max-new-tokens {args.max_new_tokens}: with a prompt of {max(lengths)} tokens this is more than the "
-                f"{limit} positions of {model.name_or_path}"
-            )
+    with _reporting(f"--max-new-tokens {args.max_new_tokens}"):
+        check_room(max(lengths), (target, draft), args.max_new_tokens)
     return prompts
 
 
