@@ -90,8 +90,8 @@ def borrow(target: LlamaForCausalLM, config: LlamaConfig, weights: dict[str, tor
     missing = set(found.missing_keys) - BORROWED
     if missing or found.unexpected_keys:
         raise ValueError(f"weights of the draft: {len(missing)} are missing, unknown are {found.unexpected_keys[:3]}")
-    # Its frequencies are no weights: they come from the configuration.
-    draft.model.rotary_emb = type(draft.model.rotary_emb)(config=config).to(embeddings.device)
+    with torch.device("cpu"):  # Its frequencies are no weights: they come from the configuration.
+        draft.model.rotary_emb = type(draft.model.rotary_emb)(config=config).to(embeddings.device)
     draft.generation_config = GenerationConfig.from_model_config(config)
     return draft.eval()
 

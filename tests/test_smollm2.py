@@ -229,6 +229,21 @@ def test_the_package_has_questions_of_its_own() -> None:
     assert len(set(read_prompts(smollm2.QUESTIONS))) == 8
 
 
+def test_another_default_device_does_not_change_where_it_is_loaded(
+    target: LlamaForCausalLM, draft: BorrowingLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_PEARL_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm2, "DRAFT", tmp_path / "draft")
+    target.save_pretrained(tmp_path / "smollm2")
+    make_tokenizer(5).save_pretrained(tmp_path / "smollm2")
+    save_draft(draft, tmp_path / "draft")
+    with torch.device("meta"):
+        loaded = hf_pearl.load_smollm2_pair("cpu", target.dtype)[:2]
+    token_ids = torch.tensor([[5, 9, 17, 3]])
+    for model, expected in zip(loaded, (target, load_draft(target, tmp_path / "draft")), strict=True):
+        assert torch.equal(model(token_ids).logits, expected(token_ids).logits)
+
+
 @needs_smollm2
 def test_smollm2_answers_as_without_us() -> None:
     target, draft, tokenizer = hf_pearl.load_smollm2_pair("cpu")
