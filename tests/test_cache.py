@@ -151,7 +151,7 @@ class CacheMachine(RuleBasedStateMachine):
         for each in chosen:
             new = each.prompt[len(each.tokens) :] or data.draw(continuations)
             before = list(each.paged.block_table), each.paged.length
-            available = self.cache.pool.num_available
+            available = self.cache.pool.max_blocks - self.cache.pool.num_referenced
             try:
                 self.cache.append(each.paged, len(new))
             except PearlOutOfBlocksError:
@@ -261,6 +261,7 @@ class CacheMachine(RuleBasedStateMachine):
         named = {block for sequence in in_use for block in sequence.block_table}
         assert pool.num_referenced == len(named)
         assert pool.num_free + pool.num_cached + pool.num_referenced == pool.num_blocks <= pool.max_blocks
+        assert not any(pool.is_cached(block) for block in named)
         for each in self.sequences:
             assert len(each.paged.block_table) == -(-len(each.tokens) // self.cache.block_size)
 
@@ -273,8 +274,7 @@ class CacheMachine(RuleBasedStateMachine):
         entries = [index.entry(block) for block in range(pool.num_blocks)]
         by_number = {entry.number: entry for entry in entries if entry}
         for block, entry in enumerate(entries):
-            assert not (pool.is_free(block) and entry)
-            assert entry or not pool.is_cached(block)
+            assert pool.count(block) or bool(entry) == pool.is_cached(block)
             tokens: tuple[int, ...] = ()
             while entry is not None and isinstance(entry.parent, int):
                 tokens, entry = entry.token_ids + tokens, by_number[entry.parent]

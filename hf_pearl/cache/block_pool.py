@@ -48,11 +48,6 @@ class BlockPool:
         """Blocks that at least one block table names."""
         return self.num_blocks - len(self._free) - len(self._cached)
 
-    @property
-    def num_available(self) -> int:
-        """Blocks that could be had: free, cached, and not yet made."""
-        return self.max_blocks - self.num_referenced
-
     def count(self, block: int) -> int:
         """How many block tables name `block`."""
         return self._counts[block]
@@ -65,10 +60,6 @@ class BlockPool:
     def is_cached(self, block: int) -> bool:
         """Whether `block` is unreferenced and kept for the prefix index."""
         return block in self._cached
-
-    def is_free(self, block: int) -> bool:
-        """Whether `block` holds nothing."""
-        return block in self._free
 
     def grow(self, num_blocks: int) -> None:
         """Have `num_blocks` blocks in all; the new ones are free."""

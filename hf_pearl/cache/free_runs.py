@@ -15,9 +15,6 @@ class FreeRuns:
     def __len__(self) -> int:
         return self._num_blocks
 
-    def __contains__(self, block: object) -> bool:
-        return any(start <= block < end for start, end in self._end_of.items())  # type: ignore[operator]
-
     def add(self, start: int, end: int) -> None:
         """Add the blocks from `start` to `end - 1`, none of which is in the set."""
         if start >= end:
