@@ -22,6 +22,7 @@ from transformers.utils import TransformersKwargs
 
 from hf_pearl.argument_table import MODEL_INPUT, TABLE, Row, arguments_page, arguments_table
 from hf_pearl.cache.support import ATTENTION_LAYERS
+from hf_pearl.compat import default_generation_values, is_stateful
 from hf_pearl.models import unwrap
 from hf_pearl.vocabularies import MAX_PADDING, can_share_a_tokenizer, vocabulary_sizes
 
@@ -124,7 +125,7 @@ def _check_model(name: str, model: Any) -> None:
 def _is_recurrent(model: PreTrainedModel) -> bool:
     """Whether a layer keeps anything between tokens but keys and values."""
     layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    return bool(getattr(model, "_is_stateful", False)) or not ATTENTION_LAYERS.issuperset(layers)
+    return is_stateful(model) or not ATTENTION_LAYERS.issuperset(layers)
 
 
 def _has_soft_prompt(model: Any) -> bool:
@@ -152,10 +153,9 @@ def _check_names(model: PreTrainedModel, generation_config: GenerationConfig, gi
         similar = difflib.get_close_matches(name, known, n=1)
         cure = f"Perhaps you mean `{similar[0]}`" if similar else "Leave it out"
         raise _refusal(name, given[name], TABLE[MODEL_INPUT], reason, cure, ValueError)
-    defaults: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
     for name in sorted(vars(GenerationConfig()).keys() - known):
         value = getattr(generation_config, name, None)
-        if not (name.startswith("_") or value is None or value == defaults.get(name)):
+        if not (name.startswith("_") or value is None or value == default_generation_values().get(name)):
             reason = "this version of hf_pearl does not know it; your transformers is newer"
             raise _refusal(name, value, TABLE[MODEL_INPUT], reason, "Leave it out, or update hf-pearl")
 

@@ -19,7 +19,6 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 WEIGHTS = "model.safetensors"
-NOT_INHERITED = frozenset({"layer_types", "_name_or_path", "_model_name_or_path"})
 BORROWED = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
 
 
@@ -98,7 +97,8 @@ def borrow(target: LlamaForCausalLM, config: LlamaConfig, weights: dict[str, tor
 
 def first_draft(target: LlamaForCausalLM, layers: Sequence[int], num_guessed_tokens: int) -> BorrowingLlama:
     """An untrained draft: copies of some of the target's layers, and of its last norm."""
-    inherited = {name: value for name, value in target.config.to_dict().items() if name not in NOT_INHERITED}
+    inherited = {name: value for name, value in target.config.to_dict().items() if not name.startswith("_")}
+    inherited.pop("layer_types", None)  # of all the target's layers
     own = {"num_hidden_layers": len(layers), "num_guessed_tokens": num_guessed_tokens}
     config = LlamaConfig.from_dict({**inherited, **own, "architectures": [BorrowingLlama.__name__]})
     state = target.state_dict()

@@ -5,6 +5,7 @@ Checked on transformers 5.17.0 and 5.24.0, torch 2.11 and 2.13.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -21,16 +22,20 @@ __all__ = [
     "AttentionInterface",
     "AttentionMaskInterface",
     "attention_configs",
+    "attention_implementation",
     "cache_argument",
     "compute_buffers",
+    "default_generation_values",
     "eager_attention",
     "effective_generation_config",
+    "is_stateful",
     "keys_left_in_place",
     "modules_not_to_split",
     "original_generate",
     "pad_token_id",
     "set_attention_implementation",
     "supports_attention_interface",
+    "with_eager_attention",
 ]
 
 
@@ -40,9 +45,22 @@ def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
 
 
+def attention_implementation(config: PreTrainedConfig) -> str:
+    """What a layer finds there."""
+    name: str = config._attn_implementation
+    return name
+
+
 def set_attention_implementation(config: PreTrainedConfig, name: str | None) -> None:
     """Set what a layer finds there, and nothing else: the public setters write to other configurations too."""
     config._attn_implementation_internal = name
+
+
+def with_eager_attention(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy that says "eager", which every model has, and so do the configurations within it."""
+    copied = copy.deepcopy(config)
+    copied._attn_implementation = "eager"
+    return copied
 
 
 def eager_attention(module: Any) -> Callable[..., Any]:
@@ -56,6 +74,12 @@ def effective_generation_config(
 ) -> GenerationConfig:
     """The configuration that `generate` would act on: the caller's, the model's defaults, and keyword overrides."""
     return model._prepare_generation_config(generation_config, **kwargs)[0]
+
+
+def default_generation_values() -> dict[str, Any]:
+    """What `generate` takes for fields that neither a model nor a call has set."""
+    defaults: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+    return defaults
 
 
 def pad_token_id(generation_config: GenerationConfig) -> int | None:
@@ -80,6 +104,11 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 def supports_attention_interface(model: PreTrainedModel) -> bool:
     """Whether the model's attention layers go through transformers' `AttentionInterface`."""
     return bool(model._can_set_attn_implementation())
+
+
+def is_stateful(model: PreTrainedModel) -> bool:
+    """Whether transformers marks a model as one whose state cannot be taken back."""
+    return bool(getattr(model, "_is_stateful", False))
 
 
 def cache_argument(model: PreTrainedModel) -> str:

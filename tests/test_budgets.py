@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_pearl"
@@ -21,6 +24,8 @@ FACTORIES = {
         "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros",
     )
 }  # fmt: skip
+
+TRANSFORMERS = (GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = Function | ast.ClassDef
@@ -125,6 +130,35 @@ def test_every_tensor_is_made_on_a_device_that_is_named() -> None:
     assert silent == []
 
 
+def private_names_of_transformers() -> set[str]:
+    """Attributes of its classes, and of configurations, that begin with one underscore and are not torch's."""
+    names = {name for kind in TRANSFORMERS for name in (*dir(kind), *getattr(kind, "__annotations__", ()))}
+    names |= vars(GenerationConfig()).keys() | vars(PreTrainedConfig()).keys()
+    return {name for name in names - {*dir(torch.nn.Module())} if re.match(r"_[^_]", name)}
+
+
+def names_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Every attribute, imported name and text of a module, with its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, each.name) for each in node.names)
+
+
+def test_private_names_of_transformers_appear_in_compat_only() -> None:
+    private = private_names_of_transformers()
+    found = {
+        path: [f"{path.relative_to(ROOT)}:{line} {name}" for line, name in names_in(tree) if name in private]
+        for path in sources(PACKAGE)
+        for tree in [ast.parse(path.read_text("utf-8"))]
+    }
+    assert found.pop(PACKAGE / "compat.py")
+    assert list(itertools.chain(*found.values())) == []
+
+
 @pytest.mark.parametrize("folder", ["hf_pearl", "tests"])
 def test_no_work_is_postponed_in_the_code(folder: str) -> None:
     lines = [
@@ -179,5 +213,7 @@ def test_the_checks_can_fail() -> None:
         "outer": ["return"],
         "outer.inner": ["x", "return"],
     }
+    told = {name for _, name in names_in(ast.parse("getattr(model, '_is_stateful'), config._attn_implementation"))}
+    assert {"_is_stateful", "_attn_implementation"} <= told & private_names_of_transformers()
     assert POSTPONED_WORK.search("# to" + "do: later")
     assert not POSTPONED_WORK.search("mastodon")

@@ -18,6 +18,7 @@ from ..compat import (
     AttentionInterface,
     AttentionMaskInterface,
     attention_configs,
+    attention_implementation,
     eager_attention,
     set_attention_implementation,
 )
@@ -70,7 +71,7 @@ def paged_attention(model: PreTrainedModel) -> Iterator[None]:
     try:
         with _switch_lock:
             for config in configs:
-                found = _switched.setdefault(id(config), _Switched(config, config._attn_implementation, []))
+                found = _switched.setdefault(id(config), _Switched(config, attention_implementation(config), []))
                 switched.append(found)
                 found.users.append(here)
                 set_attention_implementation(config, ATTENTION_NAME)

@@ -8,7 +8,6 @@ is unpickled afterwards.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import math
 import mmap
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ...compat import with_eager_attention
 from ...models import is_quantised
 from ..ranks.models import load_first_part, rank_model_of
 from ..ranks.wire import RankModel
@@ -29,8 +29,6 @@ from .child_process import why_no_child
 from .device_weights import SharedPlace, SharedStorage
 
 _ALIGNMENT = 64
-# Every model has an eager implementation; the worker's lane switches to paged attention by itself.
-_ATTENTION_IN_TRANSIT = "eager"
 
 
 class Place(NamedTuple):
@@ -125,12 +123,10 @@ def pack(model: PreTrainedModel) -> tuple[Shipment, list[torch.Tensor]]:
                 offset += -(-place.num_bytes // _ALIGNMENT) * _ALIGNMENT
             tensors.append(tensor)
         bindings.append(Binding(module, name, kind, place_of[key]))
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = _ATTENTION_IN_TRANSIT
     shipment = Shipment(
         type(model).__module__,
         type(model).__qualname__,
-        pickle.dumps(config),
+        pickle.dumps(with_eager_attention(model.config)),  # The worker's lane switches to paged attention by itself.
         _module_classes(model),
         tuple(bindings),
         tuple(places),
