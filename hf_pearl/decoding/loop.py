@@ -15,8 +15,7 @@ from .messages import Removal, Verdict, Window
 from .request import Request
 from .schedule import NoDraft
 from .scheduler import Scheduler
-from .stats import PearlStats
-from .trace import TargetForward
+from .stats import PearlStats, TargetForward
 from .verification import Verifier
 
 MAX_TOKENS_PER_FORWARD = 4096

@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from ..timeline import save_timeline
 from .messages import DraftReport, DraftStep
-from .trace import TargetForward, trace_events, write_trace
 
 Interval = tuple[float, float]
+
+
+class TargetForward(NamedTuple):
+    """When a target forward began and ended, in seconds, its tokens, and the draft tokens of it that stood."""
+
+    started: float
+    ended: float
+    num_tokens: int
+    num_accepted: int
 
 
 @dataclass
@@ -125,9 +135,9 @@ class PearlStats:
         self.draft_seconds = sum(end - start for start, end in lanes[1])
         self.overlap_seconds = overlap(*lanes)
 
-    def save_trace(self, path: str | os.PathLike[str]) -> None:
+    def save_timeline(self, path: str | os.PathLike[str]) -> None:
         """Write the forwards of both lanes to a file that https://ui.perfetto.dev and `chrome://tracing` show."""
-        write_trace(path, trace_events(self.target_timeline, self.draft_timeline))
+        save_timeline(path, self.target_timeline, self.draft_timeline)
 
     def judge(self, place: int, stood: bool, is_looked_up: bool = False) -> None:
         """Count a guess at `place` of its window, all before which stood."""

@@ -1,4 +1,4 @@
-"""The timeline of both lanes as a trace that Perfetto and Chrome's `about:tracing` show.
+"""The timeline of both lanes as a file that Perfetto and Chrome's `about:tracing` show.
 
 The format is Chrome's "Trace Event Format": a complete event per forward, `ts` and `dur` in microseconds.
 """
@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from .messages import DraftStep
+if TYPE_CHECKING:
+    from .decoding.messages import DraftStep
+    from .decoding.stats import TargetForward
 
 _PROCESS = 1
 _THREADS = {"target": 1, "draft": 2}
 
 
-class TargetForward(NamedTuple):
-    """When a target forward began and ended, in seconds, its tokens, and the draft tokens of it that stood."""
+def save_timeline(
+    path: str | os.PathLike[str], forwards: Sequence[TargetForward], steps: Sequence[DraftStep]
+) -> None:
+    """Write the forwards of both lanes to a JSON file."""
+    content = {"traceEvents": _events(forwards, steps), "displayTimeUnit": "ms"}
+    Path(path).write_text(json.dumps(content), encoding="utf-8")
 
-    started: float
-    ended: float
-    num_tokens: int
-    num_accepted: int
 
-
-def trace_events(forwards: Sequence[TargetForward], steps: Sequence[DraftStep]) -> list[dict[str, Any]]:
+def _events(forwards: Sequence[TargetForward], steps: Sequence[DraftStep]) -> list[dict[str, Any]]:
     """What happened, counted from the first event of either lane."""
     first = min((start for start, *_ in (*forwards, *steps)), default=0.0)
     events: list[dict[str, Any]] = [_named("process_name", 0, "hf_pearl")]
@@ -40,11 +41,6 @@ def trace_events(forwards: Sequence[TargetForward], steps: Sequence[DraftStep]) 
             _complete("draft", f"{num_guesses} guesses", start - first, end - first, {"guesses": num_guesses})
         )
     return events
-
-
-def write_trace(path: str | os.PathLike[str], events: Iterable[dict[str, Any]]) -> None:
-    """Write a trace file, JSON."""
-    Path(path).write_text(json.dumps({"traceEvents": list(events), "displayTimeUnit": "ms"}), encoding="utf-8")
 
 
 def _named(what: str, thread: int, value: str | int, key: str = "name") -> dict[str, Any]:

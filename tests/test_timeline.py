@@ -1,4 +1,4 @@
-"""`PearlStats.save_trace`: what a trace file says is what happened."""
+"""`PearlStats.save_timeline`: what its file says is what happened."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from models import enabled_for_tiny_models, noisy_copy, random_prompts, tiny_mod
 
 from hf_pearl import PearlConfig
 from hf_pearl.decoding.messages import DraftStep, Window
-from hf_pearl.decoding.stats import PearlStats
-from hf_pearl.decoding.trace import TargetForward
+from hf_pearl.decoding.stats import PearlStats, TargetForward
 from hf_pearl.parallel.streams import LaneStream, nvtx_range, on_lane_stream
 
 WINDOW = Window(0, (1, 2), 1)
@@ -30,8 +29,8 @@ def enabled() -> Iterator[None]:
 
 def saved(stats: PearlStats, folder: Path) -> list[dict[str, Any]]:
     """The events of the file that `stats` saves."""
-    stats.save_trace(folder / "trace.json")
-    content = json.loads((folder / "trace.json").read_text("utf-8"))
+    stats.save_timeline(folder / "timeline.json")
+    content = json.loads((folder / "timeline.json").read_text("utf-8"))
     assert content["displayTimeUnit"] == "ms"
     return content["traceEvents"]
 
@@ -63,12 +62,12 @@ def test_times_are_microseconds_from_the_first_event_of_either_lane(tmp_path: Pa
     assert (second["ts"], second["dur"], second["name"]) == (250_000.0, 125_000.0, "3 guesses")
 
 
-def test_a_call_without_any_forward_has_a_trace_too(tmp_path: Path) -> None:
+def test_a_call_without_any_forward_has_a_timeline_too(tmp_path: Path) -> None:
     assert {each["ph"] for each in saved(PearlStats(), tmp_path)} == {"M"}
 
 
 @pytest.mark.parametrize("execution", ["inline", "threads", "processes"])
-def test_the_trace_of_a_call_holds_every_forward_of_both_lanes(execution: Any, seed: int, tmp_path: Path) -> None:
+def test_the_timeline_of_a_call_holds_every_forward_of_both_lanes(execution: Any, seed: int, tmp_path: Path) -> None:
     target = tiny_model("llama", seed)
     draft = noisy_copy(target, 0.02, seed)
     inputs = random_prompts(random.Random(seed), 2, (5, 9))
