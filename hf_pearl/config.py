@@ -11,7 +11,7 @@ import torch
 from .cache.backends import BACKENDS
 from .decoding.draft_tree import MAX_DRAFT_LENGTH
 from .decoding.drafting import MAX_WIDTH
-from .device_arguments import Devices, check_apart, named_devices
+from .device_arguments import DeviceArgument, check_apart, named_devices
 
 _UNITS = {
     "": 1,
@@ -90,8 +90,8 @@ class PearlConfig:
     prefix_cache: bool = True
     cache_salt: str = ""
     seed: int | None = None
-    draft_devices: Devices = "auto"
-    target_devices: Devices = "auto"
+    draft_devices: DeviceArgument = "auto"
+    target_devices: DeviceArgument = "auto"
 
     # No settings: guesses that a draft step computes at most, whether some are looked up in the text so far, whether a
     # target forward may verify several lines of a request, whether it waits for the draft where that pays, and whether

@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Devices: TypeAlias = "str | torch.device | Sequence[str | torch.device] | DeviceMesh"
+DeviceArgument: TypeAlias = "str | torch.device | Sequence[str | torch.device] | DeviceMesh"
 _HOW = 'Give "auto", a device such as "cuda:1", a list of devices of one kind, or a one-dimensional DeviceMesh.'
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .decoding.simulation import Costs, Learnt, simulate_run
+from .decoding.simulation import Costs, KeptBetweenRuns, simulate_run
 from .traces import Trace, checked_traces
 
 DRAFT_LENGTHS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)  # as far as `PearlConfig` goes
@@ -94,7 +94,7 @@ def simulate(
     costs = Costs(_timed("draft_step", draft_step), _timed("target_forward", target_forward))
 
     def seconds(draft_length: int | str | None, overlap: bool = True) -> float:
-        learnt, rows = Learnt(), [([trace.guesses], [trace.prompt_ids]) for trace in traces]
+        learnt, rows = KeptBetweenRuns(), [([trace.guesses], [trace.prompt_ids]) for trace in traces]
         return sum(
             simulate_run(guesses, costs, draft_length, overlap, prompts=prompts, learnt=learnt).seconds
             for guesses, prompts in rows

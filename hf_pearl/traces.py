@@ -116,8 +116,8 @@ def trace_of(
     prompt = torch.tensor([token_ids[:num_prompt_tokens]], device=input_device(target))
     options = generation_options(prompt, len(token_ids) - num_prompt_tokens, temperature)
     proposer = Proposer(output_vocab_size(target), draft_processors(_processors(target, options)))
-    call_seed = request_seed(seed, 0) if temperature > 0 else None
-    proposer.admit(Admission(0, tuple(token_ids[:num_prompt_tokens]), len(token_ids), 0, call_seed))
+    seed_of_request = request_seed(seed, 0) if temperature > 0 else None
+    proposer.admit(Admission(0, tuple(token_ids[:num_prompt_tokens]), len(token_ids), 0, seed_of_request))
     traced = []
     for length in range(num_prompt_tokens, len(token_ids)):
         before = token_ids[:length]

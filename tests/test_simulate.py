@@ -18,7 +18,7 @@ from hf_pearl import PearlConfig
 from hf_pearl.commands.command_line import PROMPTS, read_prompts
 from hf_pearl.decoding.draft_tree import MAX_DRAFT_LENGTH
 from hf_pearl.decoding.recorded import TracedGuess
-from hf_pearl.decoding.simulation import Costs, Learnt, simulate_run
+from hf_pearl.decoding.simulation import Costs, KeptBetweenRuns, simulate_run
 from hf_pearl.simulate import _bound
 from hf_pearl.traces import Trace
 
@@ -123,7 +123,7 @@ def recorded() -> dict[float, list[Trace]]:
 
 
 def seconds(traces: list[Trace], costs: Costs, *options: Any, **more: Any) -> float:
-    learnt = Learnt()
+    learnt = KeptBetweenRuns()
     runs = (
         simulate_run([each.guesses], costs, *options, prompts=[each.prompt_ids], learnt=learnt, **more)
         for each in traces

@@ -17,7 +17,7 @@ from hf_pearl.decoding.calibration import NUM_BINS, Calibration
 from hf_pearl.decoding.policy import ForwardTimes, Pace
 from hf_pearl.decoding.recorded import TracedGuess
 from hf_pearl.decoding.schedule import Choices, FreeRunning
-from hf_pearl.decoding.simulation import Costs, Learnt, VirtualDraft, simulate_run
+from hf_pearl.decoding.simulation import Costs, KeptBetweenRuns, VirtualDraft, simulate_run
 from hf_pearl.decoding.stats import Interval, overlap
 
 FORWARD, STEP = 5.0, 1.0
@@ -250,7 +250,7 @@ def test_a_target_that_never_waits_does_not(waits: bool, monkeypatch: pytest.Mon
 def test_what_one_run_learns_the_next_one_knows() -> None:
     """The draft is always right and hardly ever sure: the first run has to find that out."""
     trace, costs = trace_of([True] * 200, 0.05), Costs(lambda _: 1.0, lambda _: 4.0)
-    learnt = Learnt()
+    learnt = KeptBetweenRuns()
     first, second = (simulate_run([trace], costs, learnt=learnt).seconds for _ in range(2))
     assert second < 0.9 * first == 0.9 * simulate_run([trace], costs).seconds
 

@@ -30,7 +30,7 @@ from hf_pearl.parallel.inference import may_use_inference_mode
 from hf_pearl.parallel.lane import ModelLane
 from hf_pearl.parallel.tensor_parallel import checkpoint, load_shard, num_key_value_heads, part_of, shard
 from hf_pearl.parallel.tensor_parallel.cuts import HeadLayout
-from hf_pearl.parallel.tensor_parallel.plan import TESTED_FAMILIES, make_plan
+from hf_pearl.parallel.tensor_parallel.plan import CUT_FAMILIES, make_plan
 
 TOLERANCE = 1e-12
 SIZES = (2, 3, 6, 7)
@@ -235,7 +235,7 @@ def test_a_family_that_no_test_compares_is_refused() -> None:
     model = build(Family("seed_oss", {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}))
     with pytest.raises(PearlUnsupportedModelError, match="no test"):
         Ranks(2).part(model, 0)
-    assert {FAMILIES[name].model_type for name in SHARDED} == TESTED_FAMILIES
+    assert {FAMILIES[name].model_type for name in SHARDED} == CUT_FAMILIES
 
 
 @pytest.mark.parametrize("name", REFUSED)

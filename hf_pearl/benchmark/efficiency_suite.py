@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..decoding.policy import ForwardTimes
-from ..decoding.simulation import Costs, Learnt, SimulatedRun, simulate_run
+from ..decoding.simulation import Costs, KeptBetweenRuns, SimulatedRun, simulate_run
 from ..traces import Trace, trace_of
 from .completion import Workload
 from .measurement import sharing_copy, warm_up
@@ -86,7 +86,7 @@ def fitted(steps: Iterable[tuple[int, float]]) -> ForwardTimes:
     return times
 
 
-def compare(measured: Profile, trace: Trace, learnt: Learnt) -> Compared:
+def compare(measured: Profile, trace: Trace, learnt: KeptBetweenRuns) -> Compared:
     """Run a measured call's schedule on its own text, with its own times, in virtual time."""
     target, draft = fitted(measured.target_steps), fitted(measured.draft_steps)
     costs = Costs(
@@ -131,7 +131,7 @@ def measure_efficiency(workload: Workload, num_runs: int, advance: Callable[[], 
 
     rounds = [[call(prompt) for prompt in workload.prompts] for _ in range(1 + num_runs)]
     traced = functools.cache(functools.partial(_traced, workload))
-    learnt = Learnt()
+    learnt = KeptBetweenRuns()
     compared = [
         [
             compare(measured, traced(tuple(prompt[0].tolist()), measured.completion.rows[0]), learnt)

@@ -44,7 +44,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Learnt:
+class KeptBetweenRuns:
     """What an engine knows of its pair; given to one run after the other, it is kept between them as an engine does."""
 
     calibration: Calibration = field(default_factory=Calibration)
@@ -196,7 +196,7 @@ def simulate_run(
     max_width: int = MAX_WIDTH,
     benefits: Benefits | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
-    learnt: Learnt | None = None,
+    learnt: KeptBetweenRuns | None = None,
 ) -> SimulatedRun:
     """Decode traces, one per row, in virtual time.
 
@@ -212,11 +212,11 @@ def simulate_run(
         Let the draft rest where it does not pay, and keep here what is learnt of that.
     prompts : sequence of sequence of int, optional
         The tokens before each trace, in which guesses are looked up, too; the default is a token of each row's own.
-    learnt : Learnt, optional
+    learnt : KeptBetweenRuns, optional
         What is known already, and learns more; the default is nothing.
     """
     prompts = [[row] for row in range(len(traces))] if prompts is None else prompts
-    learnt = Learnt() if learnt is None else learnt
+    learnt = KeptBetweenRuns() if learnt is None else learnt
     clock = VirtualClock()
     target_seconds: list[float] = []
     draft: VirtualDraft | None = None
@@ -264,7 +264,7 @@ def _schedule(
     overlap: bool,
     clock: VirtualClock,
     benefits: Benefits | None,
-    learnt: Learnt,
+    learnt: KeptBetweenRuns,
     lookup_chances: LookupChances | None,
 ) -> NoDraft:
     if draft is None:

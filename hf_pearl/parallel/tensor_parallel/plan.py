@@ -19,7 +19,7 @@ from .cuts import Cut, HeadLayout, Piece, even_piece
 from .layers import PACKED, cut_layer
 
 # Families whose parts tests compare with the whole (docs/models.md).
-TESTED_FAMILIES = frozenset(
+CUT_FAMILIES = frozenset(
     {
         "cohere",
         "cohere2",
@@ -110,7 +110,7 @@ def make_plan(model: PreTrainedModel, rank: int, size: int) -> Plan:
         if cut.layout is not None:
             plan.layouts[name] = cut.layout
     _check_nothing_is_left(model, plan)
-    if model.config.model_type not in TESTED_FAMILIES:
+    if model.config.model_type not in CUT_FAMILIES:
         raise unsupported(model, "no test has compared parts of such models with the whole")
     return plan
 
