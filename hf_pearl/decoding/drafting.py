@@ -21,6 +21,7 @@ from .proposal import Guess, Prefix, Proposer
 # after a rejection than be of use. In simulation 0.02 gave 1 to 4% more tokens per second than 0, and 0.05 no more.
 MIN_CHANCE = 0.02
 MAX_WIDTH = 8
+MAX_CATCH_UP = 4  # verified tokens in a draft step; more are a prompt, or missed while resting, and take another time
 
 Choice = tuple[DraftTree, int, Node]  # a guess to compute, its tree, and its request
 
@@ -211,7 +212,7 @@ class Drafter:
         self._grow(behind, steps)
         self.num_steps += len(steps) - 1
         seconds = (time.perf_counter() - started) / len(steps)
-        is_prefill = any(len(window.token_ids) > 4 and not window.branches for window in windows)
+        is_prefill = any(len(window.token_ids) > MAX_CATCH_UP and not window.branches for window in windows)
         for start in (started + seconds * place for place in range(len(steps))):
             self.timeline.append(DraftStep(start, start + seconds, len(chosen)))
             if not is_prefill and self.lane.num_warm_ups == num_warm_ups:

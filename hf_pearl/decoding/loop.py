@@ -18,8 +18,8 @@ from .scheduler import Scheduler
 from .stats import PearlStats, TargetForward
 from .verification import Verifier
 
-MAX_TOKENS_PER_FORWARD = 4096
-MAX_TOKENS_PER_VERDICT = 4096
+MAX_TOKENS_PER_FORWARD = 4096  # Longer prompts are read in pieces: what a forward takes beside its weights is bounded.
+MAX_TOKENS_PER_VERDICT = 4096  # What a resting draft has not heard may be longer than its lane's messages.
 
 
 class VerdictSink(Protocol):

@@ -59,7 +59,13 @@ class DraftRunner(Protocol):
         """True when `num_steps` steps of this call are done, False after `timeout` seconds or without a draft."""
 
 
+# Seconds for the steps of a barrier. A lane that has ended ends the wait at once: this is for one that hangs, and the
+# call goes on without it.
 STEP_TIMEOUT = 60.0
+# How long a free-running step is waited for: so many times its mean, and so many seconds, which whoever waits may take
+# to wake where other load has the cores. What comes later than that no longer gains what the wait was for.
+PATIENCE_STEPS = 4
+PATIENCE_SECONDS = 0.005
 
 
 class NoDraft:
@@ -201,7 +207,7 @@ class FreeRunning(NoDraft):
         num_steps = self.draft.num_steps + 1
         if not self.overlap:
             self.draft.grant(1)
-        return self.draft.wait(num_steps, timeout=0.005 + 4 * self.draft.step_seconds)
+        return self.draft.wait(num_steps, timeout=PATIENCE_SECONDS + PATIENCE_STEPS * self.draft.step_seconds)
 
     def without_draft(self, requests: Sequence[Request], pace: Pace) -> dict[int, Guesses]:
         """What can be looked up for every request, while the draft rests; `pace` is that of decoding meanwhile."""
