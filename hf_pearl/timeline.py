@@ -19,9 +19,7 @@ _PROCESS = 1
 _THREADS = {"target": 1, "draft": 2}
 
 
-def save_timeline(
-    path: str | os.PathLike[str], forwards: Sequence[TargetForward], steps: Sequence[DraftStep]
-) -> None:
+def save_timeline(path: str | os.PathLike[str], forwards: Sequence[TargetForward], steps: Sequence[DraftStep]) -> None:
     """Write the forwards of both lanes to a JSON file."""
     content = {"traceEvents": _events(forwards, steps), "displayTimeUnit": "ms"}
     Path(path).write_text(json.dumps(content), encoding="utf-8")

@@ -241,6 +241,17 @@ def test_what_is_not_decided_is_not_handed_on() -> None:
     assert record(benefits.of(1), NUM_PLAIN + 1, plain=1.0, drafted=1.0)[-1] == "drafted"
 
 
+def test_a_contest_that_has_few_cycles_ends_with_the_one_next_to_it() -> None:
+    """The last row of a batch decodes alone for a few cycles: its own contest would last for many calls."""
+    benefits = Benefits()
+    record(benefits.of(8), NUM_PLAIN, plain=1.0, drafted=2.0)
+    record(benefits.of(1), NUM_PLAIN + 2, plain=1.0, drafted=2.0)
+    assert not benefits.of(1).is_decided
+    record(benefits.of(8), 100, plain=1.0, drafted=2.0)
+    assert benefits.of(8).rests and benefits.of(1).rests
+    assert benefits.of(1).found == benefits.of(8).found
+
+
 def test_catching_up_is_a_cost_of_the_contest() -> None:
     """The draft is a little slower, and has much to read whenever it is its turn."""
 

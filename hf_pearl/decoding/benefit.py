@@ -42,6 +42,8 @@ class Benefit:
     ----------
     mode : Mode
         That of the next cycle.
+    is_decided : bool
+        Whether a contest has ended.
     found : dict of Mode to float
         Rates of both at the end of the last contest, long runs cut.
     """
@@ -56,14 +58,14 @@ class Benefit:
         self._age = 0  # cycles since the last contest
         self._champion: Mode = "drafted"
         self._is_contest = True
-        self._is_decided = False
+        self.is_decided = False
         self.mode: Mode = "plain"
         self._left = NUM_PLAIN
 
     def for_others(self) -> Benefit:
         """One for calls of another kind, which begin with what has been found here."""
         other = Benefit()
-        if self._is_decided:
+        if self.is_decided:
             other.found = dict(self.found)
             other._begin_reign(self._champion)
         return other
@@ -148,7 +150,7 @@ class Benefit:
         self._begin_reign(self._champion)
 
     def _begin_reign(self, champion: Mode) -> None:
-        self._champion, self._is_decided = champion, True
+        self._champion, self.is_decided = champion, True
         self._is_contest, self._age = False, 0
         self.mode, self._left = champion, NUM_CLEAR
 
@@ -218,16 +220,19 @@ class Benefits:
         self._by_rows: dict[int, Benefit] = {}
 
     def of(self, num_rows: int) -> Benefit:
-        """The one for `num_rows` rows; a new one begins with what is known of the number of rows that is nearest.
+        """The one for `num_rows` rows; until it is decided, what is known of the number of rows that is nearest counts.
 
         A batch whose rows end one after the other has few cycles of each number: a contest in all of them would cost
         more than it finds.
         """
         size = num_rows.bit_length()
-        if size not in self._by_rows:
-            nearest = min(self._by_rows, key=lambda known: abs(known - size), default=None)
-            self._by_rows[size] = Benefit() if nearest is None else self._by_rows[nearest].for_others()
-        return self._by_rows[size]
+        known = self._by_rows.setdefault(size, Benefit())
+        if not known.is_decided:
+            decided = [each for each in self._by_rows if self._by_rows[each].is_decided]
+            if decided:
+                nearest = min(decided, key=lambda each: abs(each - size))
+                self._by_rows[size] = known = self._by_rows[nearest].for_others()
+        return known
 
     @property
     def all(self) -> list[Benefit]:
