@@ -244,6 +244,9 @@ def test_what_a_part_cannot_do_is_refused(launched: LaunchedPair, saved: Saved) 
         launched.generate(**saved.inputs, pearl=False, max_new_tokens=2)
     with pytest.raises(RuntimeError, match=r"one of 2 parts.*Load the whole model"):
         launched.target.save_pretrained("nowhere")
+    for execution in ("auto", "inline", "threads", "processes"):
+        with pytest.raises(ValueError, match="`assistant_model` is the target itself, which lies on 2 ranks"):
+            generate(launched, saved.inputs, PearlConfig(execution=execution), assistant_model=launched.target)
     for act, cure in (
         (lambda: hf_pearl.tune(launched.target, saved.draft, [[1, 2, 3]]), "from_pretrained"),
         (lambda: hf_pearl.record_traces(launched.target, saved.draft, [[1, 2, 3]]), "from_pretrained"),

@@ -337,8 +337,18 @@ def test_a_call_inside_another_one_is_refused_and_the_next_one_is_not() -> None:
     try:
         with turns(part, None), pytest.raises(RuntimeError, match="target lies on 2 ranks, which follow one call"):
             turns(None, part).__enter__()
-        with turns(part, part):
+        with turns(part, None):
             pass
+    finally:
+        ranks.close()
+
+
+def test_a_part_is_not_its_own_draft() -> None:
+    """Both lanes would tell the same ranks of sequences with the same numbers."""
+    part, ranks = over_ranks(tiny_model("llama", 1), 2)
+    try:
+        with pytest.raises(ValueError, match=r"`assistant_model` is the target itself, which lies on 2 ranks.*Leave"):
+            turns(part, part).__enter__()
     finally:
         ranks.close()
 

@@ -155,8 +155,20 @@ def leader_of(model: torch.nn.Module) -> Leader | None:
 
 @contextmanager
 def turns(*models: torch.nn.Module | None) -> Iterator[None]:
-    """The scope of a call, which has the other ranks of its models to itself: other engines may lead them, too."""
-    found = {leader for model in models if model is not None and (leader := leader_of(model)) is not None}
+    """The scope of a call, which has the other ranks of its models to itself: other engines may lead them, too.
+
+    Raises
+    ------
+    ValueError
+        Target and draft are one model over several ranks, which follow one lane.
+    """
+    found = [leader for model in models if model is not None and (leader := leader_of(model)) is not None]
+    if len(set(found)) < len(found):
+        raise ValueError(
+            f"`assistant_model` is the target itself, which lies on {found[0].size} ranks, which follow one lane at a "
+            "time. Leave it out (`assistant_model=None` decodes without a draft), or `launch` the same files as the "
+            "draft, too."
+        )
     with ExitStack() as stack:
         for leader in sorted(found, key=id):  # In one order, so that nobody waits for a waiting one.
             stack.enter_context(leader.turn())

@@ -24,6 +24,7 @@ from ...compat import with_eager_attention
 from ...models import is_quantised
 from ..ranks.models import load_first_part, rank_model_of
 from ..ranks.wire import RankModel
+from ..tensor_parallel import part_of
 from . import device_weights
 from .child_process import why_no_child
 from .device_weights import SharedPlace, SharedStorage
@@ -78,7 +79,7 @@ def can_ship(model: PreTrainedModel) -> str | None:
     """Why a worker process could not load `model` or would not compute the same; None if it can."""
     if not (sys.platform.startswith("linux") and hasattr(os, "memfd_create") and hasattr(os, "eventfd")):
         return "worker processes need Linux (memfd, eventfd)"
-    reason = why_no_child()
+    reason = why_no_child() or (None if part_of(model) is None else "it is one of several parts, led by this process")
     if reason is not None or rank_model_of(model) is not None:
         return reason
     for kind in (type(model), type(model.config)):
