@@ -130,6 +130,45 @@ def test_two_hosts_share_the_ranks(launcher: str, sizes: tuple[int, int], saved:
     assert run_together(commands, tmp_path) == dict.fromkeys("0123", expected_results(saved))
 
 
+AGAIN = """
+import json, os
+import hf_pearl, torch
+import torch.distributed as dist
+
+def launch(target_tp, draft_tp):
+    sizes = dict(target_tp=target_tp, draft_tp=draft_tp, dtype=torch.float64)
+    return hf_pearl.launch({target!r}, {draft!r}, **sizes)
+
+def tokens(pair):
+    return pair.generate(torch.tensor([[1, 2, 3]]), do_sample=False, max_new_tokens={new}).tolist()
+
+outputs = []
+for sizes in ((1, 2), (2, 1), (2, 1)):
+    with launch(*sizes) as pair:
+        outputs.append(tokens(pair))
+assert not dist.is_initialized()
+first, second = launch(1, 2), launch(2, 1)
+outputs += [tokens(first), tokens(second)]
+first.close()
+outputs.append(tokens(second))
+second.close()
+assert not dist.is_initialized()
+dist.init_process_group("gloo")  # The script's own may come behind, and stays when a pair ends.
+with launch(2, 1) as pair:
+    outputs.append(tokens(pair))
+dist.barrier()
+with open(f"{folder}/{{os.environ['RANK']}}.json", "w") as file:
+    json.dump(outputs, file)
+"""
+
+
+def test_a_script_may_launch_one_pair_after_the_other_and_two_at_once(saved: Saved, tmp_path: Path) -> None:
+    text = AGAIN.format(target=str(saved.folders[0]), draft=str(saved.folders[1]), new=NEW_TOKENS, folder=tmp_path)
+    command = ["-m", TORCHRUN, "--standalone", "--nproc-per-node", "3", write_script(tmp_path, text)]
+    expected = saved.target.generate(torch.tensor([[1, 2, 3]]), do_sample=False, max_new_tokens=NEW_TOKENS).tolist()
+    assert run_together([command], tmp_path) == dict.fromkeys("012", [expected] * 7)
+
+
 LISTENERS = """
 import json, os
 import hf_pearl, psutil, torch

@@ -25,7 +25,7 @@ from ..parallel.ranks.linked_server import LinkedServer
 from ..parallel.ranks.models import link, stand_in
 from ..parallel.ranks.shared_output import Audience, receive_output, share_error, share_output
 from ..parallel.ranks.wire import RankModel
-from ..parallel.ranks.world import LaneGroups, WorldRanks
+from ..parallel.ranks.world import LaneGroups, WorldRanks, joined_world
 from ..parallel.tensor_parallel import load_shard
 from .launched_pair import LaunchedPair
 
@@ -44,9 +44,8 @@ class WorldPair(LaunchedPair):
         if self._device.type == "cuda":  # NCCL and whoever says "cuda" mean the current one.
             torch.cuda.set_device(self._device)
         self._owner = os.getpid()
-        self._owns_world = not dist.is_initialized()
-        if self._owns_world:
-            dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        joined_world.join("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        self._is_joined = True
         self._link: LinkedDraft | None = None
         self._serve: Callable[[], None] = lambda: None
         self._leave: Callable[[], None] = lambda: None
@@ -155,7 +154,7 @@ class WorldPair(LaunchedPair):
                 self._link.close()
 
     def close(self) -> None:
-        """Give everything back; all ranks call it, as it ends the process group if `launch` has begun it.
+        """Give everything back; all ranks call it. With the last pair ends a process group that `launch` has begun.
 
         A target in one piece is an ordinary model then, on rank 0. In a fork of a rank there is nothing to give back.
         """
@@ -164,9 +163,9 @@ class WorldPair(LaunchedPair):
         super().close()
         if self._link is not None:
             self._link.end()
-        if self._owns_world and dist.is_initialized():
-            self._owns_world = False
-            dist.destroy_process_group()
+        if self._is_joined:
+            self._is_joined = False
+            joined_world.leave()
 
 
 def _own_device(device: torch.device) -> torch.device:

@@ -6,6 +6,8 @@ its first rank tells the others; a third kind joins the target's first rank with
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from array import array
 from collections.abc import Iterator, Sequence
@@ -29,6 +31,52 @@ def in_world() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size() > 1
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+class JoinedWorld:
+    """The script's process group, or one that lasts from the first pair to the end of the last.
+
+    The launcher's store keeps what ended groups have left in it, where their members were to be found among that: every
+    group of ours has names of its own there, so that a script may launch one pair after the other.
+
+    Attributes
+    ----------
+    num_pairs : int
+        Of ours, which are open.
+    """
+
+    def __init__(self) -> None:
+        self.num_pairs, self._is_ours, self._numbers = 0, False, itertools.count()
+
+    def join(self, backend: str) -> None:
+        """Before a pair is made; all ranks do so."""
+        if not dist.is_initialized():
+            store, rank, size = _meeting_place()
+            own = dist.PrefixStore(f"hf_pearl/{next(self._numbers)}", store)
+            dist.init_process_group(backend, store=own, rank=rank, world_size=size)
+            self._is_ours = True
+        elif not self.num_pairs:  # of the script, or of accelerate
+            self._is_ours = False
+        self.num_pairs += 1
+
+    def leave(self) -> None:
+        """After a pair's end, once."""
+        self.num_pairs -= 1
+        if self._is_ours and not self.num_pairs and dist.is_initialized():
+            self._is_ours = False
+            dist.destroy_process_group()
+
+
+joined_world = JoinedWorld()
+
+
+@functools.cache
+def _meeting_place() -> tuple[dist.Store, int, int]:
+    """The store that the launcher's variables name, made once (without an agent, rank 0 serves it); rank, and size."""
+    from torch.distributed.rendezvous import rendezvous  # Not every build of torch has it.
+
+    found: tuple[dist.Store, int, int] = next(rendezvous("env://"))
+    return found
 
 
 class LaneGroups:
