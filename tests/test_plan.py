@@ -6,10 +6,11 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -341,6 +342,38 @@ def test_loaded_models_stay_where_they_are(seed: int) -> None:
 def test_what_makes_no_sense_is_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         plan(**{"target": DEMO / "target", "draft": DEMO / "draft", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ("null", "TypeError"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"num_key_value_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_size": "x"}, "hidden_size.*expected int"),
+        ({"vocab_size": -5}, "AssertionError"),
+        ({"hidden_act": "none such"}, "KeyError: 'none such'"),
+        ({"dtype": "float8"}, "AttributeError"),
+        ({"quantization_config": 3}, "AttributeError"),
+    ],
+)
+@pytest.mark.parametrize("act", [plan, hf_pearl.launch], ids=["plan", "launch"])
+def test_a_configuration_that_makes_no_model_is_refused_by_name(
+    act: Callable[..., Any], odd: Any, message: str, tmp_path: Path
+) -> None:
+    """Whatever transformers stumbles over."""
+    shutil.copytree(DEMO / "target", tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(odd if isinstance(odd, str) else json.dumps({**config, **odd}))
+    with pytest.raises(ValueError, match=rf"`draft` must be .*odd.*{message}"):
+        act(DEMO / "target", tmp_path / "odd")
+
+
+def test_a_folder_where_weights_belong_is_refused_by_name(tmp_path: Path) -> None:
+    shutil.copy(DEMO / "draft" / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"`draft`: .*model\.safetensors is no file of safetensors: .*Put the file"):
+        plan(DEMO / "target", tmp_path)
 
 
 def test_a_draft_with_another_vocabulary_is_refused(seed: int, tmp_path: Path) -> None:

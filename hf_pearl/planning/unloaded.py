@@ -61,22 +61,29 @@ def unloaded(argument: str, source: str | Path, dtype: torch.dtype | None) -> Un
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Where the file is odd, whatever transformers stumbles over.
         raise ValueError(
             f"`{argument}` must be a model, a folder or a name on the Hub that can be reached, got {str(source)!r}: "
-            f"{first_line(error)}"
+            f"{_why(error)}"
         ) from error
     counts = _counts_in(argument, Path(source)) if Path(source).is_dir() else _counts_on_hub(argument, str(source))
     try:
         with init_empty_weights(include_buffers=True):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype or _dtype(config, counts))
-    except ValueError as error:
+    except Exception as error:
         raise ValueError(
-            f"`{argument}` must be a causal language model of transformers, got {str(source)!r}: {first_line(error)}"
+            f"`{argument}` must be a causal language model of transformers, got {str(source)!r}: {_why(error)}"
         ) from error
     is_quantised = getattr(config, "quantization_config", None) is not None
     stored = sum(count * _BYTES.get(name, 1) for name, count in counts.items())
     return Unloaded(model, stored if is_quantised and stored else None)
+
+
+def _why(error: Exception) -> str:
+    """What it says; with its name where it was not meant to be read, as a `KeyError`."""
+    if isinstance(error, (OSError, ValueError)):
+        return first_line(error)
+    return f"its configuration ends in a {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _dtype(config: PreTrainedConfig, counts: dict[str, int]) -> torch.dtype:
@@ -94,7 +101,7 @@ def _counts_in(argument: str, folder: Path) -> dict[str, int]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             file = safe_open(path, framework="pt")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"`{argument}`: {path} is no file of safetensors: {first_line(error)}. {_cure(path)}"
             ) from error
@@ -108,6 +115,8 @@ def _counts_in(argument: str, folder: Path) -> dict[str, int]:
 
 
 def _cure(path: Path) -> str:
+    if not path.is_file():
+        return "Put the file there."
     with path.open("rb") as file:
         is_pointer = file.read(len(_POINTER)) == _POINTER
     return "It is a pointer of Git LFS: fetch the file by `git lfs pull`." if is_pointer else "Download it again."
