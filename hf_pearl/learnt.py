@@ -60,9 +60,9 @@ class Learnt:
         resting = [each for benefits in self.benefits.values() for each in benefits.all if each.rests]
         if resting and not self._has_warned:
             self._has_warned = True
-            drafted, plain = resting[0].found["drafted"], resting[0].found["plain"]
+            speed = resting[0].found["drafted"] / resting[0].found["plain"]
             logger.warning(
-                f"`assistant_model` does not make this model faster here: {drafted:.0f} tokens per second and row with "
-                f"it, {plain:.0f} without. Decoding goes on without it, and tries it again from time to time. A "
-                f'smaller or better matching draft may help; an `execution` that is not "auto" keeps it at work.'
+                f"`assistant_model` does not make this model faster here: with it, decoding is {speed:.2f} times as "
+                f"fast as without. It goes on without it, and tries it again from time to time. A smaller or better "
+                f'matching draft may help; an `execution` that is not "auto" keeps it at work.'
             )

@@ -167,44 +167,6 @@ def test_a_lucky_dozen_cycles_decides_nothing() -> None:
     assert num_found >= 180, num_found
 
 
-def repetitive(dice: random.Random, mode: str) -> tuple[float, float]:
-    """Tokens and seconds of a cycle, of which a seventh meet repetitions; 1.4 times as fast with a draft."""
-    is_run = dice.random() < 1 / 7
-    if mode == "plain":
-        return (13.0 if is_run else 1.0), dice.uniform(0.8, 1.2)
-    return (15.0 if is_run else dice.choice((2.0, 3.0, 4.0, 5.0))), dice.uniform(1.1, 1.5)
-
-
-def test_text_that_repeats_itself_does_not_decide() -> None:
-    """Of 400 fixed seeds 395 must have kept the draft at the end of the first contest: all do; 383 did when all tokens
-    of a run counted."""
-    num_kept = 0
-    for seed in range(400):
-        benefit, dice = Benefit(), random.Random(seed)
-        while not benefit.found["plain"]:
-            benefit.record(*repetitive(dice, benefit.mode))
-        num_kept += not benefit.rests
-    assert num_kept >= 395, num_kept
-
-
-def test_who_has_won_by_luck_is_found_out_soon() -> None:
-    """In the first contest the draft is slower than it is later, so that nobody should try it for long.
-
-    Of 100 fixed seeds 85 must have it at work 600 cycles later: 95 do; 56 did when only a clear lead or the end of the
-    patience began another contest.
-    """
-    num_back = 0
-    for seed in range(100):
-        benefit, dice = Benefit(), random.Random(seed)
-        while not benefit.found["plain"]:
-            tokens, seconds = repetitive(dice, benefit.mode)
-            benefit.record(tokens, seconds * (1.0 if benefit.mode == "plain" else 1.6))
-        for _ in range(600):
-            benefit.record(*repetitive(dice, benefit.mode))
-        num_back += not benefit.rests
-    assert num_back >= 85, num_back
-
-
 @pytest.mark.parametrize(("chance", "contention"), [(0.0, 1.3), (0.05, 1.5), (0.3, 1.8)])
 def test_the_whole_is_not_slower_than_plain_decoding(chance: float, contention: float) -> None:
     length = 6000

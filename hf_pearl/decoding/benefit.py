@@ -1,7 +1,8 @@
 """Does the draft pay? Found out while decoding: cycles with a draft beside cycles without one.
 
 A cycle is what passes from the wish for a forward to its verdict. A draft costs more than its own time: a core that the
-target then lacks, memory bandwidth, wider windows. So what is compared is what users see, tokens per second and row.
+target then lacks, memory bandwidth, wider windows. So what is compared is what users see, how long a text takes. It is
+counted in the forwards that it would have taken without a draft (`undrafted.py`).
 """
 
 from __future__ import annotations
@@ -23,9 +24,6 @@ NUM_CLEAR, CLEAR = 24, 2.0  # cycles of one from which a lead may be clear; stan
 FAR_BEHIND = 0.8  # times as fast, and the challenger has lost, as soon as that is no chance
 NUM_CONTEST = 96  # cycles of one after which a lead counts that is not clear
 STRAY = 3.0  # times the median of its mode's cycles: one that takes longer says nothing of the mode
-# Times the mean of the mode that yields more, but at least so many tokens: what a cycle yields beyond that was looked
-# up in text that repeats itself, in either mode. Counted in full, its luck hides what there is to see.
-LONG_RUN, MIN_LONG_RUN = 1.5, 3.0
 MIN_PATIENCE, MAX_PATIENCE = 256, 16384  # cycles until a mode that was slower is tried again
 MAX_COST = 0.005  # part of its time that the faster mode may lose to contests
 
@@ -45,11 +43,11 @@ class Benefit:
     is_decided : bool
         Whether a contest has ended.
     found : dict of Mode to float
-        Rates of both at the end of the last contest, long runs cut.
+        Rates of both at the end of the last contest.
     """
 
     def __init__(self) -> None:
-        self._cycles: dict[Mode, deque[tuple[float, float]]] = {}  # tokens per row, seconds
+        self._cycles: dict[Mode, deque[tuple[float, float]]] = {}  # text per row, seconds
         for mode in MODES:
             self._cycles[mode] = deque(maxlen=2 * NUM_CONTEST)
         self._catching_up: list[tuple[float, float]] = []  # cycles of neither mode in a contest
@@ -76,23 +74,16 @@ class Benefit:
         return self._champion == "plain"
 
     def rate(self, mode: Mode) -> float:
-        """Tokens per second and row, long runs cut; 0.0 while unknown."""
+        """Text per second and row; 0.0 while unknown."""
         return _rate(self._typical(mode))
 
     def _typical(self, mode: Mode) -> list[tuple[float, float]]:
-        """The cycles of a mode without strays, long runs cut."""
+        """The cycles of a mode without strays."""
         cycles = self._cycles[mode]
         if not cycles:
             return []
         longest = STRAY * statistics.median(seconds for _, seconds in cycles)
-        most = self._most_tokens
-        return [(min(tokens, most), seconds) for tokens, seconds in cycles if seconds <= longest]
-
-    @property
-    def _most_tokens(self) -> float:
-        """Of a cycle that count, per row."""
-        means = [statistics.mean(tokens for tokens, _ in cycles) for cycles in self._cycles.values() if cycles]
-        return max(MIN_LONG_RUN, LONG_RUN * max(means))
+        return [cycle for cycle in cycles if cycle[1] <= longest]
 
     def _error(self, mode: Mode) -> float:
         """Standard error of a rate, a ratio of means."""
@@ -100,12 +91,18 @@ class Benefit:
         rate = _rate(cycles)
         if len(cycles) < 2 or not rate:
             return 0.0
-        deviation = statistics.stdev(tokens - rate * seconds for tokens, seconds in cycles)
+        deviation = statistics.stdev(text - rate * seconds for text, seconds in cycles)
         return deviation / math.sqrt(len(cycles)) / statistics.mean(seconds for _, seconds in cycles)
 
-    def record(self, num_tokens: float, seconds: float) -> None:
-        """Learn from a cycle of `num_tokens` tokens per row in the present mode."""
-        self._cycles[self.mode].append((num_tokens, seconds))
+    def record(self, text: float, seconds: float) -> None:
+        """Learn from a cycle in the present mode.
+
+        Parameters
+        ----------
+        text : float
+            What it verified, per row: the forwards that this would have taken without a draft.
+        """
+        self._cycles[self.mode].append((text, seconds))
         self._age += 1
         self._left -= 1
         if self._left > 0:
@@ -117,10 +114,10 @@ class Benefit:
         else:
             self._turn(self._challenger if self.mode == self._champion else self._champion)
 
-    def record_catching_up(self, num_tokens: float, seconds: float) -> None:
+    def record_catching_up(self, text: float, seconds: float) -> None:
         """Learn from a cycle in which the draft read what had been decoded without it: it is a cost of a contest."""
         if self._is_contest:
-            self._catching_up.append((num_tokens, seconds))
+            self._catching_up.append((text, seconds))
 
     @property
     def _challenger(self) -> Mode:
@@ -161,15 +158,13 @@ class Benefit:
         typical, rate = self._typical(self._champion), self.rate(self._champion)
         if not tried or not rate:
             return 0.0
-        lost = sum(seconds - tokens / rate for tokens, seconds in tried)
+        lost = sum(seconds - text / rate for text, seconds in tried)
         return max(0.0, lost / statistics.mean(seconds for _, seconds in typical))
 
     def _look_around(self) -> None:
         """Stay in the mode in use, or begin a contest: the other one seems to be faster, or was not tried for long."""
         self._left = NUM_CLEAR
-        # By now the mode in use is known well. If it has won by luck, it is slower than the other one was then.
-        has_won_by_luck = self._age > MIN_PATIENCE and self._lead > 0.0
-        if self._is_clear or has_won_by_luck or self._age > self._patience:
+        if self._is_clear or self._age > self._patience:
             self._is_contest = True
             for cycles in (*self._cycles.values(), self._catching_up):
                 cycles.clear()
@@ -201,9 +196,9 @@ class Benefit:
 
 
 def _rate(cycles: Sequence[tuple[float, float]]) -> float:
-    """Tokens per second of some cycles."""
+    """Text per second of some cycles."""
     seconds = sum(seconds for _, seconds in cycles)
-    return sum(tokens for tokens, _ in cycles) / seconds if seconds > 0.0 else 0.0
+    return sum(text for text, _ in cycles) / seconds if seconds > 0.0 else 0.0
 
 
 class Benefits:

@@ -176,6 +176,7 @@ class FreeRunning(NoDraft):
         self.draft = draft
         self.pace = self._pace = pace
         self.overlap = overlap
+        self.lookup_chances = lookup_chances
         self._choices = choices
         self._lines = Lines(lookup_chances, choices.verifies_tree)
         self._clock = clock

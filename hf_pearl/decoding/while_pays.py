@@ -9,6 +9,7 @@ from .benefit import Benefit, Benefits
 from .guesses import Guesses
 from .request import Request
 from .schedule import DraftRunner, FreeRunning, NoDraft
+from .undrafted import UndraftedForwards
 
 PATIENCE = 64  # forwards after which a draft counts although nothing was heard of it: it may have failed
 
@@ -50,6 +51,7 @@ class WhilePays(NoDraft):
         self._leave_cores = leave_cores
         self._clock = clock
         self._benefit = Benefit()
+        self._undrafted = UndraftedForwards(drafting.lookup_chances)
         self._num_rows = 0
         self._has_caught_up = False
         self._num_drafting = 0
@@ -62,6 +64,8 @@ class WhilePays(NoDraft):
     def before_forward(self, requests: Sequence[Request]) -> dict[int, Guesses]:
         """The guesses of every request that the coming forward verifies; those looked up while the draft rests."""
         self._began = self._clock()
+        for request in requests:
+            self._undrafted.follow(request)
         self._num_rows = max(1, sum(not request.finished for request in self._call))  # Some may be ahead and wait.
         self._benefit = self._benefits.of(self._num_rows)
         is_ready = self._draft.is_ready
@@ -99,11 +103,13 @@ class WhilePays(NoDraft):
     def learn(self, num_tokens: int, seconds: float, num_verified: int) -> None:
         """Learn from a decode forward, and from how long its cycle took."""
         self._drafting.learn(num_tokens, seconds, num_verified)
+        least = self._benefits.plain_pace.worth_verifying_above(self._num_rows)
+        num_forwards = sum(self._undrafted.count(request, least) for request in self._call)
         is_of_mode = (self._benefit.mode == "plain") == self.is_resting
         # A draft that is starting slows the target down: what that decodes meanwhile says nothing of either mode.
         if not is_of_mode:
             return
-        cycle = num_verified / self._num_rows, self._clock() - self._began
+        cycle = num_forwards / self._num_rows, self._clock() - self._began
         if self._draft.is_ready if self.is_resting else self._has_caught_up:
             self._benefit.record(*cycle)
         elif not self.is_resting:
