@@ -232,6 +232,8 @@ class PearlEngine:
         interrupts: KeptInterrupts,
     ) -> Runner:
         processors, pad_token_id = draft_processors(rules.processors), rules.pad_token_id or 0
+        if not 0 <= pad_token_id < vocab_size:  # Some configurations say -1: rows are never padded with it.
+            pad_token_id = 0
         left_out = sorted({type(each).__name__ for each in rules.processors if each not in processors})
         if left_out:
             logger.info_once(

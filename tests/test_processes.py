@@ -161,6 +161,17 @@ def test_the_tokens_are_those_of_inline(
             assert output.pearl.accepted_tokens > 0, config
 
 
+@pytest.mark.parametrize("pad_token_id", [-1, 2**40])
+def test_a_pad_token_that_no_vocabulary_has_is_none_of_the_drafts_business(
+    pad_token_id: int, target: PreTrainedModel, draft: PreTrainedModel, prompt: dict[str, torch.Tensor]
+) -> None:
+    """Some configurations say -1; `generate` warns, and pads nothing in a batch of one."""
+    expected = target.generate(**prompt, do_sample=False, max_new_tokens=12, pad_token_id=pad_token_id)
+    output = decode(target, draft, prompt, LOCKSTEP, max_new_tokens=12, pad_token_id=pad_token_id)
+    assert output.sequences.tolist() == expected.tolist()
+    assert output.pearl.draft_steps > 0
+
+
 def test_an_unrelated_draft_changes_nothing(target: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
     draft = make_draft(target, "unrelated", 9)
     expected = decode(target, draft, prompt, PearlConfig(execution="inline"))
