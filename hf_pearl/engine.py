@@ -98,8 +98,7 @@ class PearlEngine:
         with self.lock, turns(target, draft):
             started = time.perf_counter()
             self._prepare_caches(target, draft, config)
-            if draft is not None:
-                self.workers.share_cores(config, target, draft, self._fingerprints["draft"])
+            self.workers.share_cores(config, target, draft, self._fingerprints.get("draft"))
             stats = PearlStats(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
             cache = self.caches["target"]
             num_evicted, num_warm_ups = cache.statistics.evicted_blocks, self.graphs.num_warm_ups
@@ -232,8 +231,7 @@ class PearlEngine:
         interrupts: KeptInterrupts,
     ) -> Runner:
         processors, pad_token_id = draft_processors(rules.processors), rules.pad_token_id or 0
-        if not 0 <= pad_token_id < vocab_size:  # Some configurations say -1: rows are never padded with it.
-            pad_token_id = 0
+        pad_token_id = pad_token_id if 0 <= pad_token_id < vocab_size else 0  # Some configurations say -1: not padded.
         left_out = sorted({type(each).__name__ for each in rules.processors if each not in processors})
         if left_out:
             logger.info_once(

@@ -1,8 +1,8 @@
 """How many forwards a text would have taken without a draft: decoded once more on paper, by looking up alone.
 
-Texts differ by more than ways of decoding do: where one repeats itself, ten tokens and more are looked up for a forward,
-with a draft as without one. Tokens per second of a few cycles say more of the text they met than of the draft. Seconds
-per forward that the same text would have taken say what the draft has saved.
+Texts differ by more than ways of decoding do: where one repeats itself, ten tokens and more are looked up for a
+forward, with a draft as without one. Tokens per second of a few cycles say more of the text they met than of the draft.
+Seconds per forward that the same text would have taken say what the draft has saved.
 """
 
 from __future__ import annotations

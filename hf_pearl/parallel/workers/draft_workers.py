@@ -199,12 +199,14 @@ class DraftWorkers:
         self._has_said = False
 
     def share_cores(
-        self, config: PearlConfig, target: PreTrainedModel, draft: PreTrainedModel, known_as: Hashable
+        self, config: PearlConfig, target: PreTrainedModel, draft: PreTrainedModel | None, known_as: Hashable
     ) -> None:
         """Find out how many threads a worker should have, before one starts; once per pair and dtypes.
 
         The arguments are those of `choose`.
         """
+        if draft is None:
+            return
         dtypes = target.dtype, draft.dtype
         execution = config.execution if config.execution != "auto" else self._best(config, draft, known_as)
         if execution == "processes" and self.worker is None and self._split_for != dtypes:
