@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
+from .beginnings import Beginnings
 from .policy import Pace
 
 Mode = Literal["plain", "drafted"]  # the draft rests, or works
@@ -208,10 +209,13 @@ class Benefits:
     ----------
     plain_pace : Pace
         Of decoding while the draft rests.
+    beginnings : Beginnings
+        What calls take before they decode.
     """
 
     def __init__(self) -> None:
         self.plain_pace = Pace()
+        self.beginnings = Beginnings()
         self._by_rows: dict[int, Benefit] = {}
 
     def of(self, num_rows: int) -> Benefit:

@@ -103,9 +103,12 @@ class DecodingLoop:
         num_tokens = sum(len(window.token_ids) for window in launch.windows)
         num_accepted = self.stats.accepted_tokens - num_accepted
         self.stats.target_timeline.append(TargetForward(started, ended, num_tokens, num_accepted))
-        if launch.is_decode and self.target.num_warm_ups == num_warm_ups:
+        if self.target.num_warm_ups == num_warm_ups:
             seconds = self.clock() - began - self.schedule.waited_seconds
-            self.schedule.learn(num_tokens, seconds, sum(map(len, verdicts.values())))
+            if launch.is_decode:
+                self.schedule.learn(num_tokens, seconds, sum(map(len, verdicts.values())))
+            else:
+                self.schedule.learn_prefill(num_tokens, seconds)
 
     def _forward(self, waiting: Sequence[Request], guesses: dict[int, Guesses]) -> tuple[Launch, torch.Tensor]:
         launch = self._launch(waiting, guesses)

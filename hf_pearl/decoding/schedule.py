@@ -96,6 +96,9 @@ class NoDraft:
     def learn(self, num_tokens: int, seconds: float, num_verified: int) -> None:
         """Nothing to learn from a cycle, see `FreeRunning`."""
 
+    def learn_prefill(self, num_tokens: int, seconds: float) -> None:
+        """Nothing to learn from a forward over prompts, see `WhilePays`."""
+
 
 class Lockstep(NoDraft):
     """PEARL with a fixed draft length: `draft_length` draft steps beside every target forward, then a barrier."""

@@ -57,7 +57,7 @@ class WhilePays(NoDraft):
         self._num_drafting = 0
         self._waits_for: dict[int, int] = {}  # request -> tokens that the draft must know before it counts
         self._began = 0.0
-        self._is_first = True
+        self._is_first = self._is_beginning = True
         self._leaves_cores: bool | None = None
         draft.rest(True)  # A draft that is not wanted does not read the prompts: that would slow the target's reading.
 
@@ -68,8 +68,9 @@ class WhilePays(NoDraft):
             self._undrafted.follow(request)
         self._num_rows = max(1, sum(not request.finished for request in self._call))  # Some may be ahead and wait.
         self._benefit = self._benefits.of(self._num_rows)
-        is_ready = self._draft.is_ready
-        self._rest(requests, not (self._benefit.mode == "drafted" and is_ready))
+        # Once the prompts are read without the draft, so that it is known what that takes.
+        is_wanted = self._benefit.mode == "drafted" and not (self._is_first and self._benefits.beginnings.lacks_plain)
+        self._rest(requests, not (is_wanted and self._draft.is_ready))
         self._share_cores(not self.is_resting or self._draft.is_starting)
         if self.is_resting:
             return self._drafting.without_draft(requests, self._benefits.plain_pace)
@@ -86,6 +87,7 @@ class WhilePays(NoDraft):
     def _rest(self, requests: Sequence[Request], is_resting: bool) -> None:
         if is_resting == self.is_resting and not self._is_first:
             return
+        self._is_beginning = self._is_first
         self.is_resting, self._has_caught_up, self._is_first, self._num_drafting = is_resting, False, False, 0
         self._waits_for = {request.request_id: len(request.verified) for request in requests}
         self._draft.rest(is_resting)
@@ -109,8 +111,21 @@ class WhilePays(NoDraft):
         # A draft that is starting slows the target down: what that decodes meanwhile says nothing of either mode.
         if not is_of_mode:
             return
-        cycle = num_forwards / self._num_rows, self._clock() - self._began
-        if self._draft.is_ready if self.is_resting else self._has_caught_up:
-            self._benefit.record(*cycle)
+        beginnings = self._benefits.beginnings
+        beginnings.record_cycle()
+        text, seconds = num_forwards / self._num_rows, self._clock() - self._began
+        if self.is_resting and self._draft.is_ready:
+            self._benefit.record(text, seconds)
+        elif self._has_caught_up and not self.is_resting:
+            self._is_beginning = False
+            self._benefit.record(text, seconds + beginnings.seconds_per_cycle)
+        elif self._is_beginning and not self.is_resting:
+            plain_rate = self._benefit.found["plain"]
+            beginnings.record_delay(seconds - text / plain_rate if plain_rate else 0.0)
         elif not self.is_resting:
-            self._benefit.record_catching_up(*cycle)
+            self._benefit.record_catching_up(text, seconds)
+
+    def learn_prefill(self, num_tokens: int, seconds: float) -> None:
+        """Learn from a forward over prompts; beside a draft that is starting, it says nothing."""
+        if self._draft.is_ready:
+            self._benefits.beginnings.record_prefill(not self.is_resting, num_tokens, seconds)
