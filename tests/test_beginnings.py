@@ -25,11 +25,18 @@ def test_it_is_spread_over_the_cycles_of_a_call(num_cycles: int) -> None:
 
 def test_nothing_is_known_until_both_were_seen() -> None:
     beginnings = Beginnings()
-    assert beginnings.lacks_plain and beginnings.seconds_per_cycle == 0.0
+    assert beginnings.seconds_per_cycle == 0.0
     begin(beginnings, True, 1.5, 10)
-    assert beginnings.lacks_plain and beginnings.seconds_per_cycle == 0.0
+    assert beginnings.seconds_per_cycle == 0.0
     begin(beginnings, False, 1.0, 10)
-    assert not beginnings.lacks_plain and beginnings.seconds_per_cycle > 0.0
+    assert beginnings.seconds_per_cycle > 0.0
+    assert not beginnings.asks_for_plain()
+
+
+def test_a_call_is_asked_to_begin_without_the_draft_once() -> None:
+    """Whether or not it had anything to read: every later call would lose its first guesses."""
+    beginnings = Beginnings()
+    assert [beginnings.asks_for_plain() for _ in range(3)] == [True, False, False]
 
 
 def test_a_draft_beside_which_prompts_are_read_faster_gets_nothing_for_it() -> None:

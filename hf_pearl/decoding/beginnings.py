@@ -16,6 +16,7 @@ class Beginnings:
     def __init__(self) -> None:
         self._spent = {is_drafted: Fading(2, MEMORY) for is_drafted in (False, True)}  # prompt tokens, seconds
         self._calls = Fading(2, MEMORY)  # prompt tokens, cycles
+        self._has_asked = False
 
     def record_prefill(self, is_drafted: bool, num_tokens: int, seconds: float) -> None:
         """Learn from a forward that read `num_tokens` of prompts."""
@@ -32,10 +33,13 @@ class Beginnings:
         """A cycle of decoding has passed."""
         self._calls.add(0.0, 1.0)
 
-    @property
-    def lacks_plain(self) -> bool:
-        """Whether no prefill without the draft was seen."""
-        return not self._spent[False].values[0]
+    def asks_for_plain(self) -> bool:
+        """Whether a call should begin without the draft, so that it is known what that takes; once at most.
+
+        It may have nothing to read: then it stays unknown.
+        """
+        has_asked, self._has_asked = self._has_asked, True
+        return not has_asked and not self._spent[False].values[0]
 
     @property
     def seconds_per_cycle(self) -> float:

@@ -225,7 +225,9 @@ class Benefits:
         more than it finds.
         """
         size = num_rows.bit_length()
-        known = self._by_rows.setdefault(size, Benefit())
+        known = self._by_rows.get(size)
+        if known is None:
+            known = self._by_rows[size] = Benefit()
         if not known.is_decided:
             decided = [each for each in self._by_rows if self._by_rows[each].is_decided]
             if decided:

@@ -68,9 +68,10 @@ class WhilePays(NoDraft):
             self._undrafted.follow(request)
         self._num_rows = max(1, sum(not request.finished for request in self._call))  # Some may be ahead and wait.
         self._benefit = self._benefits.of(self._num_rows)
-        # Once the prompts are read without the draft, so that it is known what that takes.
-        is_wanted = self._benefit.mode == "drafted" and not (self._is_first and self._benefits.beginnings.lacks_plain)
-        self._rest(requests, not (is_wanted and self._draft.is_ready))
+        is_wanted = self._benefit.mode == "drafted" and self._draft.is_ready
+        if is_wanted and self._is_first and self._benefits.beginnings.asks_for_plain():
+            is_wanted = False
+        self._rest(requests, not is_wanted)
         self._share_cores(not self.is_resting or self._draft.is_starting)
         if self.is_resting:
             return self._drafting.without_draft(requests, self._benefits.plain_pace)
