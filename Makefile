@@ -39,6 +39,7 @@ bench: $(VENV)/$(STAMP) ## measure all but SmolLM2 anew (about 45 minutes), and 
 	$(VENV)/bin/python -m hf_pearl.benchmark.sampling_suite --json docs/results/sampling.json
 	$(VENV)/bin/python -m hf_pearl bench --batch-size 1 4 --temperature 0 0.7 --max-new-tokens 80 --num-prompts 8 --runs 5 --json-folder docs/results
 	$(VENV)/bin/python -m hf_pearl bench --batch-size 1 4 --temperature 0 0.7 --target-cost 3 --max-new-tokens 80 --num-prompts 8 --json-folder docs/results
+	$(VENV)/bin/python -m hf_pearl bench --untrained-draft --batch-size 1 4 --temperature 0 0.7 --max-new-tokens 96 --num-prompts 8 --runs 5 --json-folder docs/results
 	$(VENV)/bin/python -m hf_pearl.benchmark.fill_in README.md docs/*.md
 
 gpu: $(VENV)/$(STAMP) ## on a machine with a GPU: its tests, then what its path is worth (15 minutes)

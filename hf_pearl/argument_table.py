@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Number
+from numbers import Integral, Number
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -61,8 +61,13 @@ def _not_a(text: str, *types: type) -> Condition:
 
 def _are_not_ids(value: Any) -> bool:
     """Whether a value is neither a token id nor several."""
-    several = isinstance(value, (list, tuple)) and all(isinstance(each, Number) for each in value)
-    return not (several or isinstance(value, (Number, torch.Tensor)))
+    several = value if isinstance(value, (list, tuple)) else [value]
+    return not (isinstance(value, torch.Tensor) or all(_is_id(each) for each in several))
+
+
+def _is_id(value: Any) -> bool:
+    """Whether a tensor of token ids can hold a value; a fraction would be cut off there without a word."""
+    return isinstance(value, Integral) and -(2**63) <= int(value) < 2**63
 
 
 def _is_no_streamer(value: Any) -> bool:

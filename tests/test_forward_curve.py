@@ -30,7 +30,7 @@ def test_the_best_forward_is_found_where_all_sizes_are_known(
 ) -> None:
     """Fewer guesses than there are only where that gains clearly more."""
     chances = sorted(chances, reverse=True)
-    seconds = 5.0 + np.cumsum(steps)[: len(chances) + 1]
+    seconds = (5.0 + np.cumsum(steps)[: len(chances) + 1]).tolist()
     gains = [sum(chances[:count]) - rate * (seconds[count] - seconds[0]) for count in range(len(seconds))]
     best = best_count(4, chances, seconds, rate)
     assert best is not None and best.num_guesses <= len(chances)

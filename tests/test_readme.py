@@ -10,6 +10,7 @@ from typing import Any
 import hf_pearl
 from hf_pearl.benchmark import BENCH
 from hf_pearl.benchmark.fill_in import MARKED, filled_in
+from hf_pearl.benchmark.grid_tables import speedups
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "docs" / "results").glob("*.json"))
@@ -59,6 +60,16 @@ def test_every_method_was_measured_on_every_workload() -> None:
             workload = result["workload"]
             measured.add((result["target_cost"], workload["temperature"], workload["batch_size"]))
     assert measured == set(product((1.0, 3.0), (0.0, 0.7), (1, 4)))
+
+
+def test_a_draft_that_knows_nothing_never_makes_it_slower_than_3_percent() -> None:
+    """What was measured, not what this machine does now."""
+    files = [file for file in RESULTS if file.name.startswith("untrained-")]
+    assert len(files) == 4
+    for file in files:
+        result = json.loads(file.read_text("utf-8"))
+        assert result["untrained_draft"] and result["first_differences"] == result["near_ties"]
+        assert speedups(result)["pearl"] >= 0.97, file
 
 
 def test_saved_measurements_say_what_they_were_measured_on() -> None:

@@ -6,6 +6,7 @@ on tiles of a GPU in steps. A line through all sizes charges for tokens that are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,26 +27,35 @@ class ForwardCurve:
         self._keep = 0.5 ** (1.0 / MEMORY)
         self._weights = np.zeros(MAX_TOKENS + 1)
         self._seconds = np.zeros(MAX_TOKENS + 1)
+        self._new: list[tuple[int, float]] = []  # tokens and seconds of those that are not in the arrays yet
         self._since = 0
-        self._curve = np.full(MAX_TOKENS + 1, np.nan)
+        self._curve = [math.nan] * (MAX_TOKENS + 1)
 
     def record(self, num_tokens: int, seconds: float) -> None:
         """Learn from one forward over `num_tokens` tokens."""
         if num_tokens > MAX_TOKENS:
             return
-        self._weights *= self._keep
-        self._seconds *= self._keep
-        self._weights[num_tokens] += 1.0
-        self._seconds[num_tokens] += seconds
-        self._since = 0 if np.isnan(self._curve[num_tokens]) else self._since - 1
+        self._new.append((num_tokens, seconds))
+        self._since = 0 if math.isnan(self._curve[num_tokens]) else self._since - 1
+        if len(self._new) >= REFRESH:
+            self._take_in()
 
-    def seconds(self, first: int, last: int) -> np.ndarray:
+    def _take_in(self) -> None:
+        for num_tokens, seconds in self._new:
+            self._weights *= self._keep
+            self._seconds *= self._keep
+            self._weights[num_tokens] += 1.0
+            self._seconds[num_tokens] += seconds
+        self._new.clear()
+
+    def seconds(self, first: int, last: int) -> list[float]:
         """Expected seconds of forwards over `first` to `last` tokens; NaN where none of about that size was seen.
 
         Of more than `MAX_TOKENS`, which no tree of guesses makes, none is expected: fewer are returned.
         """
         if self._since <= 0:
-            self._since, self._curve = REFRESH, self._smooth()
+            self._take_in()
+            self._since, self._curve = REFRESH, self._smooth().tolist()
         return self._curve[first : last + 1]
 
     def _smooth(self) -> np.ndarray:
@@ -69,7 +79,7 @@ class Best(NamedTuple):
     gain: float
 
 
-def best_count(num_rows: int, chances: Sequence[float], seconds: np.ndarray, rate: float) -> Best | None:
+def best_count(num_rows: int, chances: Sequence[float], seconds: Sequence[float], rate: float) -> Best | None:
     """Which forward yields most: over the last verified tokens of all rows, and none, some or all of their guesses.
 
     A size that was not seen takes at least as long as the next smaller one that was. It is taken to be no slower, so
@@ -81,7 +91,7 @@ def best_count(num_rows: int, chances: Sequence[float], seconds: np.ndarray, rat
         Tokens of a forward without guesses.
     chances : sequence of float
         Of all guesses, the likeliest first.
-    seconds : numpy.ndarray
+    seconds : sequence of float
         Of a forward without guesses, with one, ... and with all of them; NaN where unknown.
     rate : float
         Tokens per second that decoding yields.
@@ -91,14 +101,18 @@ def best_count(num_rows: int, chances: Sequence[float], seconds: np.ndarray, rat
     Best or None
         None: nothing is known of such sizes.
     """
-    known = np.flatnonzero(~np.isnan(seconds))
-    if not len(known):
+    known = [count for count, each in enumerate(seconds) if not math.isnan(each)]
+    if not known:
         return None
-    most = min(len(chances), num_rows + 2 * int(known[-1]), len(seconds) - 1)
-    last_seen = np.maximum.accumulate(np.where(np.isnan(seconds), -1, np.arange(len(seconds))))[: most + 1]
-    least = np.where(last_seen < 0, 0.0, seconds[last_seen])
-    gains = np.concatenate([[0.0], np.cumsum(chances[:most])]) - rate * (least - least[0])
-    best = int(gains.argmax())
-    if gains[best] <= gains[-1] + MIN_GAIN * rate * least[-1]:
-        best = most
-    return Best(best, float(gains[best]))
+    most = min(len(chances), num_rows + 2 * known[-1], len(seconds) - 1)
+    first = last = seconds[0] if known[0] == 0 else 0.0
+    best, best_gain, gain, expected = 0, 0.0, 0.0, 0.0
+    for count in range(1, most + 1):
+        expected += chances[count - 1]
+        last = last if math.isnan(seconds[count]) else seconds[count]
+        gain = expected - rate * (last - first)
+        if gain > best_gain:
+            best, best_gain = count, gain
+    if best_gain <= gain + MIN_GAIN * rate * last:
+        best, best_gain = most, gain
+    return Best(best, best_gain)

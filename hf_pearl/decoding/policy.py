@@ -31,10 +31,12 @@ class ForwardTimes:
 
     def record(self, num_tokens: int, seconds: float) -> None:
         """Learn from one forward over `num_tokens` tokens."""
-        for name, value in (("weight", 1.0), ("x", num_tokens), ("y", seconds)):
-            setattr(self, f"_{name}", getattr(self, f"_{name}") * self._keep + value)
-        self._xx = self._xx * self._keep + num_tokens * num_tokens
-        self._xy = self._xy * self._keep + num_tokens * seconds
+        keep = self._keep
+        self._weight = self._weight * keep + 1.0
+        self._x = self._x * keep + num_tokens
+        self._y = self._y * keep + seconds
+        self._xx = self._xx * keep + num_tokens * num_tokens
+        self._xy = self._xy * keep + num_tokens * seconds
 
     @property
     def is_known(self) -> bool:
@@ -115,7 +117,10 @@ class Pace:
 
     def cycles(self, num_rows: int) -> Cycles:
         """Those with `num_rows` rows, and about so many."""
-        return self._cycles.setdefault(num_rows.bit_length(), Cycles())
+        size = num_rows.bit_length()
+        if size not in self._cycles:
+            self._cycles[size] = Cycles()
+        return self._cycles[size]
 
     def record_cycle(self, num_rows: int, num_tokens: int, num_verified: int, seconds: float, waited: float) -> None:
         """Learn from a cycle: a forward over `num_tokens` tokens, and `seconds` of which it `waited` for guesses."""
