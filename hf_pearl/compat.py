@@ -28,6 +28,7 @@ __all__ = [
     "default_generation_values",
     "eager_attention",
     "effective_generation_config",
+    "is_recorder",
     "is_stateful",
     "keys_left_in_place",
     "modules_not_to_split",
@@ -109,6 +110,14 @@ def supports_attention_interface(model: PreTrainedModel) -> bool:
 def is_stateful(model: PreTrainedModel) -> bool:
     """Whether transformers marks a model as one whose state cannot be taken back."""
     return bool(getattr(model, "_is_stateful", False))
+
+
+def is_recorder(hook: Callable[..., Any]) -> bool:
+    """Whether a forward hook is one that transformers has put there for `output_hidden_states` and the like.
+
+    It does so when these are first asked for, and leaves the hooks there; they do nothing where they are not.
+    """
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
 def cache_argument(model: PreTrainedModel) -> str:

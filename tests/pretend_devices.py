@@ -275,6 +275,39 @@ def check_copies_to_host() -> None:
     hf_pearl.release(target)
 
 
+class Silent:
+    """A streamer that does nothing with what it gets."""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Nothing; it lies in main memory, as in `generate`."""
+        assert value.device.type == "cpu"
+
+    def end(self) -> None:
+        """Nothing."""
+
+
+def check_copies_to_host_of_other_calls() -> None:
+    """A streamer sees one token after the other: a copy each. Rejection sampling takes two a step of either lane."""
+    target = tiny_model("llama", 12)
+    draft = noisy_copy(target, 0.05, 13)
+    inputs = random_prompts(random.Random(14), 1, (5,))
+    placed = {"target_devices": "pretend:0", "draft_devices": "pretend:1"}
+    options = {"max_new_tokens": 30, "return_dict_in_generate": True, "assistant_model": draft}
+    for arguments, settings in (
+        ({"do_sample": False, "streamer": Silent()}, {}),
+        ({"do_sample": True, "streamer": Silent()}, {}),
+        ({"do_sample": True}, {"verification": "rejection"}),
+    ):
+        config = PearlConfig(execution="inline", draft_length=4, seed=3, **settings, **placed)
+        copied_to_host.clear()
+        stats = target.generate(**inputs, **options, **arguments, pearl=config).pearl
+        num_steps = stats.target_forwards + stats.draft_steps
+        most = 2 * num_steps if settings else 30 + stats.draft_steps
+        said = f"{len(copied_to_host)} copies in {num_steps} steps, {config}: {Counter(copied_to_host)}"
+        assert stats.target_forwards > 4 and num_steps // 2 < len(copied_to_host) <= most + 10, said
+    hf_pearl.release(target)
+
+
 def check_failed_move() -> None:
     """A model that cannot be moved as a whole is where it was, and the next call works."""
     target = tiny_model("llama", 9, num_hidden_layers=3)
@@ -360,6 +393,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "same tokens, gpt2": lambda: check_same_tokens("gpt2", 2),
     "sampled tokens": check_sampled_tokens,
     "copies to the host": check_copies_to_host,
+    "copies to the host of other calls": check_copies_to_host_of_other_calls,
     "a failed move": check_failed_move,
     "moved by its user": check_user_moves_it,
     "shared weights": check_shared_weights,

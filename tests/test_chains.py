@@ -287,6 +287,18 @@ def test_a_chain_that_cannot_be_captured_is_said_once_and_costs_no_guess(
 
 
 @pytest.mark.usefixtures("twins")
+def test_processors_that_no_chain_can_have_are_said_once(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    draft = Draft(tiny_model("llama", seed), "greedy")
+    draft.drafter.proposer.processors.append(SuppressTokensLogitsProcessor([3]))
+    with draft.lane.ready(), caplog.at_level(logging.INFO, logger="hf_pearl"):
+        draft.admit(random.Random(seed), 0, 60)
+        draft.steps(9)
+    assert draft.runner.num_chains == 0 and draft.runner.num_replays > 4
+    said = [each.getMessage() for each in caplog.records if "one by one" in each.getMessage()]
+    assert len(said) == 1 and "SuppressTokensLogitsProcessor" in said[0]
+
+
+@pytest.mark.usefixtures("twins")
 def test_nobody_finds_a_prefix_behind_which_a_chain_met_a_nan(seed: int) -> None:
     model = tiny_model("llama", seed)
     draft = Draft(model, "greedy")

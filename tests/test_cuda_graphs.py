@@ -436,6 +436,19 @@ def test_forwards_in_which_python_has_to_run_are_not_captured(change: Callable[[
     assert reason is not None and words in reason
 
 
+def test_a_model_that_was_asked_for_hidden_states_is_captured(seed: int, captures: list[StrictCapture]) -> None:
+    """transformers leaves hooks in it that record nothing any more; a user's own hook beside them still counts."""
+    target = tiny_model("llama", seed)
+    inputs = random_prompts(random.Random(seed), 1, (6,))
+    assert target(**inputs, output_hidden_states=True).hidden_states
+    assert any(module._forward_hooks for module in target.modules()), "this transformers leaves none"
+    assert obstacle_to_capture(target) is None
+    assert_equal(target, None, inputs, PearlConfig(execution="inline", attention="triton"), max_new_tokens=8)
+    assert captures[0].num_captures > 0
+    hook(target)
+    assert "has forward hooks" in (obstacle_to_capture(target) or "")
+
+
 def test_autocast_is_not_captured() -> None:
     model = tiny_model("llama", 1)
     with torch.autocast("cpu", torch.bfloat16):

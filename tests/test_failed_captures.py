@@ -30,6 +30,7 @@ class Bookkeeping:
         self.pinned: set[Pool] = set()  # of that of pinned memory
         self.is_capturing = self.is_invalid = self.generator_captures = False
         self.num_pools = 0
+        self.work_space: Pool | str | None = None  # in whose memory cuBLAS has one for the stream
 
     def reach(self, part: str) -> None:
         """Fail if it is this part's turn."""
@@ -42,6 +43,7 @@ class Bookkeeping:
         return (0, self.num_pools)
 
     def begin(self, pool: Pool) -> None:
+        assert not torch.is_inference_mode_enabled(), "tensors that no capture outside of it could write to"
         self.generator_captures = self.is_torch_2_11
         self.reach("what comes before the capture")
         assert pool not in self.recording | self.pinned, "already recording to mempool_id"
@@ -68,6 +70,15 @@ class Bookkeeping:
     def release(self, device: int, pool: Pool) -> None:
         assert self.num_users[pool] > 0, "a pool without users"
         self.num_users[pool] -= 1
+
+    def multiply(self) -> Pool | str:
+        """Have cuBLAS compute, in the work space that there is, or a new one; in whose memory that lies."""
+        self.work_space = self.work_space or next(iter(self.recording), "everybody's")
+        return self.work_space
+
+    def clear_work_spaces(self) -> None:
+        assert not self.is_capturing
+        self.work_space = None
 
     def read_on_the_host(self) -> None:
         """Make a capture invalid, as `.item()` does."""
@@ -113,6 +124,7 @@ def books(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Bo
     monkeypatch.setattr(capture_module, "_capture_stream", lambda device, priority: stream)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", books.end_allocation)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", books.release)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", books.clear_work_spaces, raising=False)
     monkeypatch.setattr(capture_module, "NUM_WARM_UPS", 0)
     return books
 
@@ -147,6 +159,38 @@ def test_nothing_is_left_of_a_capture_that_failed(part: str, when: str, books: B
     for other in others:
         other.reset()
     assert books.num_users.total() == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_work_spaces_of_graphs_lie_in_their_own_memory_and_none_is_kept(
+    fails: bool, books: Bookkeeping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch keeps for a stream it may free at any time: when a graph ends, or somebody compiles another model."""
+    monkeypatch.setattr(capture_module, "NUM_WARM_UPS", 1)
+    captures = [CudaCapture(torch.device("cpu", 0)) for _ in range(2)]
+    used: list[Pool | str] = []
+
+    def run() -> None:
+        used.append(books.multiply())
+        books.reach("the call")
+
+    for capture in captures:
+        capture.capture(run)
+        assert used[-1] == capture._pool and books.work_space is None
+    assert used[0] == used[2] == "everybody's" and used[1] != used[3]
+    if fails:
+        books.fails_at = "the beginning"
+        with pytest.raises(RuntimeError):
+            captures[0].capture(run)
+        assert books.work_space is None
+
+
+@pytest.mark.usefixtures("books")
+def test_a_capture_in_inference_mode_leaves_nothing_of_it_to_others() -> None:
+    modes: list[bool] = []
+    with torch.inference_mode():
+        CudaCapture(torch.device("cpu", 0)).capture(lambda: modes.append(torch.is_inference_mode_enabled()))
+    assert modes == [True]
 
 
 def test_a_device_is_that_which_is_current_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,3 +234,30 @@ def test_on_a_gpu_random_numbers_and_captures_go_on_after_one_that_failed(is_inv
     other.replay(), good.replay(), good.replay()
     assert number.item() == 8.0
     other.reset(), good.reset()
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_a_graph_needs_no_work_space_that_others_may_free() -> None:
+    """All that torch keeps is freed, and what is free overwritten: the graph multiplies as before."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    capture, generator = CudaCapture(device), torch.Generator(device).manual_seed(1)
+    row, weights = (
+        torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16)
+        for size in ((1, 8192), (1024, 8192))  # few rows and columns, a long sum: it is split, and put together there
+    )
+    output = torch.zeros(1, 1024, device=device, dtype=torch.bfloat16)
+
+    def multiply() -> None:
+        output.copy_(torch.nn.functional.linear(row, weights))
+
+    graph = capture.capture(multiply)
+    graph.replay()
+    expected = output.clone()
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    others = [torch.full((2**20,), 7, dtype=torch.uint8, device=device) for _ in range(64)]
+    graph.replay()
+    torch.cuda.synchronize(device)
+    assert torch.equal(output, expected) and all((each == 7).all() for each in others)
+    graph.reset()

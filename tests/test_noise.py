@@ -46,6 +46,12 @@ def textbook_philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int
     return c0, c1, c2, c3
 
 
+def test_a_source_computes_nothing_before_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it would be 150 launches for each request and lane."""
+    monkeypatch.setattr(noise, "_numpy_noise", None)
+    NoiseSource(SEED, 151_936)
+
+
 def numpy_words(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
     c0, c1, c2, c3 = (np.array([word], dtype=np.int64) for word in counter)
     return tuple(int(word[0]) for word in philox4x32((c0, c1, c2, c3), key))

@@ -15,6 +15,7 @@ from hf_pearl import PearlConfig
 from hf_pearl.decoding import noise_kernels, noisy_scores
 from hf_pearl.decoding.noise import NoiseSource, gumbel_noise
 from hf_pearl.decoding.noisy_scores import Draw
+from hf_pearl.decoding.on_host import in_one_copy
 
 NUM_CASES, NUM_FAST = 240, 60
 needs_interpreter = pytest.mark.skipif(not IS_INTERPRETED, reason="compiled kernels need tensors on a GPU")
@@ -102,6 +103,16 @@ def test_rows_are_those_of_their_sources(seed: int) -> None:
     values, ids = noisy_scores.noisy_max(scores, draws)
     assert torch.equal(values, expected.max(dim=1).values)
     assert torch.equal(ids, expected.max(dim=1).indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_numbers_and_ids_come_to_the_host_in_one_copy(dtype: torch.dtype) -> None:
+    """Of whatever a user's processor has made of the scores; some are no numbers."""
+    numbers = torch.tensor([[0.5, -torch.inf, torch.nan], [-3.25, 0.0, torch.inf]], dtype=dtype)
+    ids = torch.tensor([[2**40, 0, 1], [2, 3, 4]])
+    found, found_ids = in_one_copy(numbers, ids)
+    torch.testing.assert_close(torch.tensor(found), numbers.float(), equal_nan=True)
+    assert found_ids == ids.tolist()
 
 
 def test_what_the_kernel_would_misread_is_refused() -> None:

@@ -185,6 +185,7 @@ def pretended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "same tokens, gpt2",
         "sampled tokens",
         "copies to the host",
+        "copies to the host of other calls",
         "a failed move",
         "moved by its user",
         "a plan",

@@ -62,6 +62,12 @@ def test_times_are_microseconds_from_the_first_event_of_either_lane(tmp_path: Pa
     assert (second["ts"], second["dur"], second["name"]) == (250_000.0, 125_000.0, "3 guesses")
 
 
+def test_what_profilers_call_a_trace_is_the_timeline(tmp_path: Path) -> None:
+    stats = PearlStats(target_timeline=[TargetForward(10.5, 10.75, 9, 4)])
+    stats.save_trace(tmp_path / "trace.json")
+    assert json.loads((tmp_path / "trace.json").read_text("utf-8"))["traceEvents"] == saved(stats, tmp_path)
+
+
 def test_a_call_without_any_forward_has_a_timeline_too(tmp_path: Path) -> None:
     assert {each["ph"] for each in saved(PearlStats(), tmp_path)} == {"M"}
 

@@ -84,9 +84,7 @@ def gumbel_noise(
     Returns:
         `(P, V)`, float32.
     """
-    _check_range("seed", seed, 0, 2**64)
-    _check_range("stream", stream, 0, 2**32)
-    _check_range("vocab_size", vocab_size, 1, 2**34 + 1)
+    _check_source(seed, vocab_size, stream)
     _check_range("first_position", first_position, 0, 2**32)
     _check_range("num_positions", num_positions, 0, 2**32 - first_position + 1)
     device = torch.device(device)
@@ -154,7 +152,7 @@ class NoiseSource:
 
     def __init__(self, seed: int, vocab_size: int, device: torch.device | str = "cpu", stream: int = 0) -> None:
         self._seed, self._vocab_size, self._device, self._stream = seed, vocab_size, torch.device(device), stream
-        self._compute(0, 0)  # refuses bad arguments now and not at the first token
+        _check_source(seed, vocab_size, stream)  # Refused now and not at the first token.
         chunk_words = _CHUNK_WORDS["cuda" if self._device.type == "cuda" else "cpu"]
         self._chunk_length = min(max(chunk_words // vocab_size, 1), _MAX_CHUNK_POSITIONS)
         self._chunks: dict[int, torch.Tensor] = {}  # by position // chunk length, least recently used first
@@ -185,6 +183,12 @@ class NoiseSource:
 
     def _compute(self, first_position: int, num_positions: int) -> torch.Tensor:
         return gumbel_noise(self._seed, first_position, num_positions, self._vocab_size, self._device, self._stream)
+
+
+def _check_source(seed: int, vocab_size: int, stream: int) -> None:
+    _check_range("seed", seed, 0, 2**64)
+    _check_range("stream", stream, 0, 2**32)
+    _check_range("vocab_size", vocab_size, 1, 2**34 + 1)
 
 
 def _check_range(name: str, value: int, low: int, end: int) -> None:

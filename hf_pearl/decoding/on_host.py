@@ -8,8 +8,13 @@ import torch
 
 
 def on_host(numbers: torch.Tensor, token_ids: torch.Tensor) -> tuple[list[Any], list[Any]]:
-    """Float32 numbers and token ids, of one shape, as lists."""
+    """Numbers, as float32 where they are not in main memory, and token ids, of one shape, as lists."""
     if numbers.device.type == "cpu":
         return numbers.tolist(), token_ids.tolist()
-    bits, ids = torch.stack([numbers.view(torch.int32).long(), token_ids]).cpu()
+    return in_one_copy(numbers, token_ids)
+
+
+def in_one_copy(numbers: torch.Tensor, token_ids: torch.Tensor) -> tuple[list[Any], list[Any]]:
+    """The same, wherever they lie. A user's processor may have made float64 or bfloat16 of the scores."""
+    bits, ids = torch.stack([numbers.float().view(torch.int32).long(), token_ids]).cpu()
     return bits.int().view(torch.float32).tolist(), ids.tolist()

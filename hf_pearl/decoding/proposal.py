@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import LogitsProcessorList
+from transformers.utils import logging
 
 from .choosing import Chooser, Chosen, fit, likeliest, make_chooser
 from .draft_distributions import DraftDistributions
@@ -18,6 +19,8 @@ from .noise import DRAFT_STREAM, SHARED_STREAM, NoiseRow, NoiseSource
 from .noisy_scores import Draw, noisy_scores
 from .on_host import on_host
 from .processors import is_of_scores
+
+logger = logging.get_logger(__name__)
 
 
 class Guess(NamedTuple):
@@ -91,11 +94,16 @@ class Proposer:
         return [_guesses(*row) for row in zip(*on_host(chosen.confidence, chosen.token_ids), strict=True)]
 
     def chooser(self, prefixes: Sequence[Prefix], num_guesses: int) -> Chooser | None:
-        """What chooses as `propose` does, without a look at the host; None where that is not possible."""
+        """What chooses as `propose` does, without a look at the host; None where that is not possible: why is said."""
         samples = self._samples(prefixes)
         if samples and self.distributions is not None:
+            logger.info_once("Draft steps are launched one by one: rejection sampling keeps what guesses come from.")
             return None
-        return make_chooser(self.vocab_size, num_guesses, samples, self.processors)
+        chooser = make_chooser(self.vocab_size, num_guesses, samples, self.processors)
+        if chooser is None:
+            names = ", ".join(type(each).__name__ for each in self.processors)
+            logger.info_once(f"Draft steps are launched one by one: not all of {names} read scores and numbers alone.")
+        return chooser
 
     def noise_rows(self, prefixes: Sequence[Prefix], num_steps: int, device: torch.device) -> list[list[NoiseRow]]:
         """The noise of `num_steps` guesses behind each prefix, for a `Chooser`: step by step; none if not sampling."""

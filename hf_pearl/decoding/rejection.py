@@ -34,6 +34,7 @@ from collections.abc import Sequence
 import torch
 
 from .noise import ACCEPT_STREAM, RESIDUAL_STREAM, NoiseSource
+from .on_host import on_host
 from .request import PendingChoice, Request
 
 
@@ -87,11 +88,17 @@ class RejectionSampler:
     ----------
     device : torch.device
         Where the target's logits are.
+
+    Attributes
+    ----------
+    largest : list of float
+        The largest score of every row of the last choice: where it is none, nothing was chosen.
     """
 
     def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
         self._seeds = {request.request_id: request.seed for request in requests}
         self._device = device
+        self.largest: list[float] = []
         self._tests: dict[int, NoiseSource] = {}
         self._residuals: dict[int, NoiseSource] = {}
 
@@ -107,10 +114,10 @@ class RejectionSampler:
         """
         p = scores.softmax(dim=-1)
         choices = [request.pending[place] for request, count in counts for place in range(count)]
-        q, guesses = self._drafted(choices, p)
+        q, tokens = self._drafted(choices, p)
         uniforms = torch.cat([self._uniforms(request, count) for request, count in counts])
-        stood = stands(p, q, guesses, uniforms).tolist()
-        tokens = guesses.tolist()
+        stand = stands(p, q, torch.tensor(tokens, device=p.device), uniforms)
+        self.largest, stood = on_host(scores.amax(dim=-1), stand.long())
         rows, noise, row = [], [], 0
         for request, count in counts:
             place = next((place for place in range(count) if not stood[row + place]), None)
@@ -123,13 +130,13 @@ class RejectionSampler:
                 tokens[row] = token
         return tokens
 
-    def _drafted(self, choices: Sequence[PendingChoice], p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of every position, `q` `(N, V)` and the guess `(N,)`; zeros where there is none."""
+    def _drafted(self, choices: Sequence[PendingChoice], p: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Of every position, `q` `(N, V)` and the guess; zeros where there is none."""
         q, guesses = torch.zeros_like(p), [0] * len(choices)
         for row, choice in enumerate(choices):
             if choice.guess is not None and choice.q is not None:
                 q[row], guesses[row] = choice.q, choice.guess
-        return q, torch.tensor(guesses, device=p.device)
+        return q, guesses
 
     def _uniforms(self, request: Request, count: int) -> torch.Tensor:
         noise = self._source(self._tests, request, 1, ACCEPT_STREAM, 0, count)

@@ -47,9 +47,12 @@ class Rules:
     @property
     def is_of_scores(self) -> bool:
         """Whether all positions of a window may be processed and judged at once."""
-        return all(is_of_scores(processor) for processor in self.processors) and all(
-            type(criterion) in (EosTokenCriteria, MaxLengthCriteria) for criterion in self.criteria
-        )
+        return all(is_of_scores(processor) for processor in self.processors) and self.ends_by_last_token
+
+    @property
+    def ends_by_last_token(self) -> bool:
+        """Whether criteria read no more than a row's last token and its length."""
+        return all(type(criterion) in (EosTokenCriteria, MaxLengthCriteria) for criterion in self.criteria)
 
     @property
     def is_of_row(self) -> bool:

@@ -104,12 +104,15 @@ class Slab:
         self.rules = rules
         self._sampler = sampler
         self._pads = rules.pads_finished_rows
+        self._eos_token_ids = rules.eos_token_ids
+        self._ends_by_last_token = rules.ends_by_last_token
         longest = max(request.num_padding + len(request.verified) for request in requests)
         self._fill = fill = 0 if rules.pad_token_id is None else rules.pad_token_id
         self._ids = torch.full((len(requests), longest + 256), fill, device=device)
         for row, request in enumerate(requests):
             self._ids[row, :longest] = torch.tensor([*request.padding, *request.verified], device=device)
         self.length = longest
+        self._last = [fill] * len(requests)  # of every row, as in `_ids`: the host need not ask the device for it
         self._has_fired = [False] * len(requests)
         self._scores_so_far: tuple[torch.Tensor, ...] = ()
 
@@ -145,6 +148,7 @@ class Slab:
         if self.length == self._ids.shape[1]:
             self._ids = torch.cat([self._ids, torch.full_like(self._ids, self._fill)], dim=1)
         for row, request in enumerate(self.requests):
+            self._last[row] = self._fill if request.finished else tokens[row]
             if not request.finished:
                 request.take(tokens[row])
                 record(request, self.rules, scores[row], logits[row])
@@ -152,21 +156,29 @@ class Slab:
         self.length += 1
 
     def _stop(self, scores: torch.Tensor) -> None:
-        shown = None
-        if self.rules.output_scores:
-            self._scores_so_far = (*self._scores_so_far, scores)
-            shown = self._scores_so_far
-        fired = self.rules.criteria(self._ids[:, : self.length].contiguous(), shown)
-        fired = torch.as_tensor(fired, device="cpu").expand(len(self.requests)).tolist()
+        if self._ends_by_last_token:
+            is_over = self.length >= self.rules.max_length
+            fired = [is_over or token_id in self._eos_token_ids for token_id in self._last]
+        else:
+            fired = self._ask_criteria(scores)
         self._has_fired = [old or new for old, new in zip(self._has_fired, fired, strict=True)]
         for request, has_fired in zip(self.requests, self._has_fired, strict=True):
             request.finished = request.finished or (has_fired if self._pads else all(self._has_fired))
         if self.rules.streamer is not None:
             self._stream(self.rules.streamer)
 
+    def _ask_criteria(self, scores: torch.Tensor) -> list[bool]:
+        shown = None
+        if self.rules.output_scores:
+            self._scores_so_far = (*self._scores_so_far, scores)
+            shown = self._scores_so_far
+        fired = self.rules.criteria(self._ids[:, : self.length].contiguous(), shown)
+        answers: list[bool] = torch.as_tensor(fired, device="cpu").expand(len(self.requests)).tolist()
+        return answers
+
     def _stream(self, streamer: Any) -> None:
         """Show the last token of every row; a streamer with `put_verified` also hears which the draft had guessed."""
-        token_ids = self._ids[:, self.length - 1].cpu()  # (R,)
+        token_ids = torch.tensor(self._last, device="cpu")  # (R,)
         if hasattr(streamer, "put_verified"):
             streamer.put_verified(token_ids, [request.was_drafted for request in self.requests])
         else:
@@ -190,8 +202,9 @@ def choose(scores: torch.Tensor, draws: Sequence[Draw] | None, ignored: Sequence
 
 def choose_by(sampler: RejectionSampler, scores: torch.Tensor, counts: Sequence[tuple[Request, int]]) -> list[int]:
     """The token per row of `scores` `(N, V)` as `sampler` chooses it; raises as `choose` does."""
-    check_finite(scores.amax(dim=-1).tolist())
-    return sampler.choose(scores, counts)
+    tokens = sampler.choose(scores, counts)
+    check_finite(sampler.largest)
+    return tokens
 
 
 def check_finite(values: Sequence[float], ignored: Sequence[bool] = ()) -> None:

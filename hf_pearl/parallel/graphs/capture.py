@@ -51,9 +51,7 @@ class Capture(Protocol):
 def _capture_stream(device: torch.device, priority: int) -> torch.cuda.Stream:
     """Where warm-ups run and captures are made for lanes whose stream is of this priority.
 
-    A graph's kernels have the priority of the stream that they were captured on, not of the one that replays them. And
-    cuBLAS keeps a work space per stream: one that a warm-up has made is there when the capture needs it, for all graphs
-    of the stream. They may share it, since lanes whose streams are of one priority share the stream, too.
+    A graph's kernels have the priority of the stream that they were captured on, not of the one that replays them.
     """
     return torch.cuda.Stream(device, priority=priority)
 
@@ -86,7 +84,7 @@ class CudaCapture:
             with torch.cuda.stream(stream):
                 for _ in range(NUM_WARM_UPS):
                     run()
-                with _no_collection():
+                with _no_collection(), _no_work_spaces():
                     return self._captured(run)
         finally:
             lane.wait_stream(stream)
@@ -97,7 +95,8 @@ class CudaCapture:
             self._pool = torch.cuda.graph_pool_handle()
         graph, has_begun = torch.cuda.CUDAGraph(), False
         try:
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            with torch.inference_mode(False):  # The generator makes tensors here that any later capture writes to.
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
             has_begun = True
             run()
             graph.capture_end()
@@ -125,6 +124,21 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def _no_work_spaces() -> Iterator[None]:
+    """Have cuBLAS make its work spaces anew inside, in the memory of what is captured, and keep none of them.
+
+    torch holds one per handle and stream for as long as it likes: `torch.compile`'s own graphs have all of them freed,
+    and on torch 2.13 so are those of its stream when any graph ends. A graph that had been captured with such a
+    one would write to memory that is somebody else's by then. In the graphs' own memory it stays theirs.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class _Rerun:

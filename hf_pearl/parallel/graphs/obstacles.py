@@ -6,6 +6,7 @@ import torch
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
+from ...compat import is_recorder
 from ...model_devices import devices_of, is_dispatched
 from ...models import all_modules, is_quantised
 from ..tensor_parallel import part_of
@@ -41,7 +42,7 @@ def _names(model: PreTrainedModel) -> list[str]:
 
 
 def _obstacle_in(module: torch.nn.Module) -> str | None:
-    if module._forward_hooks or module._forward_pre_hooks:
+    if module._forward_pre_hooks or not all(map(is_recorder, module._forward_hooks.values())):
         return "has forward hooks"
     if "forward" in vars(module):
         return "has had its forward replaced"
