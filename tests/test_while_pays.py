@@ -25,6 +25,7 @@ from hf_pearl.decoding.benefit import (
 from hf_pearl.decoding.messages import Verdict
 from hf_pearl.decoding.recorded import TracedGuess
 from hf_pearl.decoding.simulation import Costs, VirtualDraft, simulate_run
+from hf_pearl.parallel.cores import available_cores
 from hf_pearl.registry import engine_for
 
 STEP, FORWARD = 1.0, 8.0
@@ -302,7 +303,10 @@ def test_generate_says_once_that_it_goes_on_without_the_draft() -> None:
             assert output.pearl.draft_steps == 0
     assert len([text for text in warnings if "`assistant_model` does not make this model faster" in text]) == 1
     worker = engine.workers.worker
-    assert worker is not None and worker.wait_until_ready(60.0)
+    if worker is None:
+        assert len(available_cores()) == 1, "lanes of one core take turns in one process"
+        return
+    assert worker.wait_until_ready(60.0)
     for _ in range(8):  # It is awake now, and would begin at once.
         output = target.generate(
             **prompt, max_new_tokens=40, assistant_model=draft, pearl=True, return_dict_in_generate=True
