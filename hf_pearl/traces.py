@@ -172,8 +172,21 @@ def _check_guess(name: str, guess: Any) -> None:
             raise ValueError(f"`{name}` must have probabilities from 0 to 1, got {value} among them. {_CURE}")
     for token_id in (*guess.guess_ids, *(() if guess.token_id is None else (guess.token_id,))):
         _check_token(name, token_id)
-    if guess.rank is not None and (guess.rank == 0) != guess.stands:
-        raise ValueError(f"`{name}` must have the rank 0 if it stands and no other; got {guess.rank!r}. {_CURE}")
+    _check_rank(name, guess)
+
+
+def _check_rank(name: str, guess: TracedGuess) -> None:
+    """What stands is said up to three times, and has to be the same."""
+    rank = guess.rank
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
+        raise TypeError(f"`{name}.rank` must be an int or None; got {rank!r}. {_CURE}")
+    if rank is not None and (rank < 0 or (rank == 0) != guess.stands):
+        raise ValueError(f"`{name}` must have the rank 0 if it stands and no other; got {rank!r}. {_CURE}")
+    if guess.guess_ids and (guess.guess_ids[0] == guess.token_id) != guess.stands:
+        raise ValueError(
+            f"`{name}` must have its `token_id` first among its `guess_ids` if it stands, and not otherwise; got "
+            f"{guess}. {_CURE}"
+        )
 
 
 def _check_token(name: str, token_id: Any) -> None:

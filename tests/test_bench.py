@@ -402,6 +402,16 @@ def test_a_target_that_cannot_be_heavier_is_named(
     assert "--target-cost 2: GPT2LMHeadModel cannot be made heavier" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("cost", ["1000", "100.5"])
+def test_a_cost_that_cannot_be_is_refused_before_another_is_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cost: str
+) -> None:
+    monkeypatch.setattr(bench, "measure_with_progress", lambda *_: pytest.fail("work has begun"))
+    with pytest.raises(SystemExit):
+        main(options(folder, "--target-cost", "1", cost))
+    assert f"--target-cost {cost}: `times` must be a number from 1 to 100" in " ".join(capsys.readouterr().err.split())
+
+
 def saved(rates: dict[str, float | None], batch_size: int, cost: float = 1.0) -> dict[str, Any]:
     """Figures with these tokens per second."""
     done = {"mean_accepted_tokens": 2.5, "setting": {"num_threads": 2, "draft_length": 4}}

@@ -62,3 +62,32 @@ def test_one_workload_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         main(["bench", "--suite", "handover", *saved_pair(tmp_path), "--temperature", "0", "1"])
     assert "one --target-cost and one --temperature" in " ".join(capsys.readouterr().err.split())
+
+
+def test_sampled_texts_are_compared_with_those_of_our_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers draws other noise."""
+    methods = [each for each in handover_suite.SAMPLED_METHODS if each.name in ("generate", "inline", "engine")]
+    monkeypatch.setattr(bench, "SAMPLED_METHODS", methods)
+    monkeypatch.setattr(handover_suite, "EXECUTIONS", ("threads",))
+    file = tmp_path / "handover.json"
+    options = [*saved_pair(tmp_path), "--temperature", "0.7", "--steps", "2", "--runs", "1", "--json", str(file)]
+    with enabled_for_tiny_models():
+        assert main(["bench", "--suite", "handover", *options]) == 0
+    saved = json.loads(file.read_text())
+    assert (len(saved["methods"]), saved["same_output"]) == (3, True)
+    rows = [line.split(" | ")[0] for line in handover_table(saved).splitlines() if line]
+    assert rows == [
+        "| `execution`",
+        "|---|--:|--:|--:|--:|",
+        "| threads",
+        "| `execution`",
+        "|---|--:|--:|--:|",
+        "| inline",
+    ]
+
+
+def test_no_speed_is_shown_of_a_wrong_output() -> None:
+    plain = {"name": "generate", "tokens_per_second": 100.0, "runs": [90.0, 110.0]}
+    wrong = {"name": "auto", "tokens_per_second": None, "error": "wrong: 2 texts differ from those of generate"}
+    table = handover_table({"handovers": [], "methods": [plain, wrong]})
+    assert table.splitlines()[-1] == "| auto | - | - | (wrong: 2 texts differ from those of generate) |"

@@ -309,7 +309,7 @@ def draw_law_case(chance: random.Random, index: int) -> LawCase:
     """The `index`-th of a series in which every execution, kind of draft and schedule has its turn."""
     vocab_size, num_tokens = ((5, 4), (6, 3), (7, 3), (8, 3))[index % 4]
     config = PearlConfig(
-        execution=("inline", "threads")[index // 2 % 2],
+        execution=("threads", "inline")[index // 2 % 2],
         draft_length=("auto", 2, 3, 1)[index // 3 % 4],
         overlap=index % 5 < 2,
         prefix_cache=False,

@@ -180,6 +180,16 @@ def test_where_tokens_together_take_longer_the_bound_is_none() -> None:
     assert (times.plain, times.bound) == (10 * 1.0, 5 * 3.0)
 
 
+def test_a_draft_that_takes_no_time_is_waited_for_like_one_that_takes_hardly_any() -> None:
+    """Nothing is not an unknown time, in which case nobody would wait."""
+    trace = trace_of([place % 4 != 2 for place in range(200)])
+    free, fast = (
+        hf_pearl.simulate([trace], lambda _, seconds=seconds: seconds, lambda _: 8.0) for seconds in (0.0, 1e-9)
+    )
+    assert free.bound <= free.pearl < 1.1 * free.bound
+    assert free.pearl == pytest.approx(fast.pearl, rel=1e-3)
+
+
 BAD_TRACES = [
     pytest.param({"temperature": -1.0}, r"`temperature` .* got -1", id="cold"),
     pytest.param({"temperature": math.nan}, r"`temperature` .* got nan", id="nan"),
@@ -220,7 +230,7 @@ def test_what_cannot_be_simulated_is_refused_by_name() -> None:
             times.efficiency(no_number)  # type: ignore[arg-type]
 
 
-STOOD = TracedGuess(True, 0.9, 0)
+STOOD, MISSED = TracedGuess(True, 0.9, 0), TracedGuess(False, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +263,19 @@ STOOD = TracedGuess(True, 0.9, 0)
         pytest.param([Trace((5,), (STOOD._replace(others=(2.0,)),))], ValueError, "got 2.0", id="likelier than 1"),
         pytest.param([Trace((5,), (STOOD._replace(others=None),))], TypeError, "others` must be a tuple", id="others"),
         pytest.param([Trace((5,), (STOOD._replace(rank=2),))], ValueError, "rank 0 if it stands .* got 2", id="rank"),
+        pytest.param(
+            [Trace((5,), (STOOD._replace(rank=False),))], TypeError, "rank` must be an int .* got False", id="no rank"
+        ),
+        pytest.param(
+            [Trace((5,), (MISSED._replace(rank=-1),))], ValueError, "rank 0 if it stands .* got -1", id="below 0"
+        ),
+        pytest.param(
+            [Trace((5,), (STOOD._replace(token_id=5, guess_ids=(6, 5)),))], ValueError, "`token_id` first", id="another"
+        ),
+        pytest.param([Trace((5,), (STOOD._replace(guess_ids=(6,)),))], ValueError, "`token_id` first", id="no token"),
+        pytest.param(
+            [Trace((5,), (MISSED._replace(token_id=6, guess_ids=(6,)),))], ValueError, "`token_id` first", id="right"
+        ),
         pytest.param([Trace((5,), (STOOD._replace(stands=1),))], TypeError, "stands` must be True or False", id="one"),
     ],
 )

@@ -335,6 +335,15 @@ def test_a_wrong_output_is_shown_without_a_speed() -> None:
     assert "3 of 42 texts part" in report
     assert "please report it" in report
     assert "please report it" not in str(tuning(num_first_differences=3, num_near_ties=3))
+    assert "times the speed" not in report
+    assert "With the draft PEARL is not right here (wrong: 1 texts)" in report
+
+
+def test_settings_with_a_wrong_output_are_advised_nowhere() -> None:
+    found = tuning(way("default", 20, 21, 22, error="wrong: 1 texts"), way("lockstep", 8, 9, 10, drafted=0.5))
+    assert found.best_with_draft.name == "lockstep"
+    assert (found.speedup, found.config.draft_length) == (0.9, 4)
+    assert "with it, PEARL has 0.90 times the speed" in str(found)
 
 
 @pytest.mark.parametrize(

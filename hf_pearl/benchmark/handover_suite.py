@@ -28,7 +28,7 @@ from ..parallel.lane import ModelLane, output_vocab_size
 from ..parallel.processes import ProcessDraft
 from ..parallel.threads import ThreadDraft
 from ..parallel.workers.draft_workers import DraftWorker
-from .methods import COLD, GENERATE, Method, Setting
+from .methods import COLD, ENGINE, GENERATE, Method, Setting
 
 EXECUTIONS = ("threads", "processes")
 NUM_BLOCKS = 512
@@ -53,6 +53,7 @@ METHODS = (
         for name in ("inline", *EXECUTIONS, "auto")
     ),
 )
+SAMPLED_METHODS = (*METHODS, ENGINE)  # transformers draws other noise: texts are compared with our engine's.
 
 
 def measure_handovers(draft: PreTrainedModel, num_steps: int) -> list[Figures]:

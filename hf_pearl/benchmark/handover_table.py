@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 HANDOVERS = {"to_draft": "to the draft", "to_engine": "to the engine"}
+REFERENCES = ("generate", "engine")  # what the executions are compared with
 
 
 def handover_table(saved: dict[str, Any]) -> str:
@@ -21,7 +22,10 @@ def handover_table(saved: dict[str, Any]) -> str:
     plain = methods["generate"]["tokens_per_second"]
     lines += ["", "| `execution` | tokens/s | over `generate` | runs |", "|---|--:|--:|--:|"]
     for name, method in methods.items():
-        if name == "generate":
+        if name in REFERENCES:
+            continue
+        if "error" in method:
+            lines.append(f"| {name} | - | - | ({method['error']}) |")
             continue
         rate, runs = method["tokens_per_second"], [run / plain for run in method["runs"]]
         shown = f"auto: {method['execution']}" if name == "auto" else name

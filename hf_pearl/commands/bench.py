@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ..benchmark import BENCH, UNTRAINED, Workload, notes, table
 from ..benchmark.cache_suite import NUM_TURNS, measure_cache
@@ -25,7 +26,7 @@ from ..benchmark.cache_table import cache_table
 from ..benchmark.efficiency_suite import measure_efficiency, num_profiles
 from ..benchmark.efficiency_table import efficiency_table
 from ..benchmark.grid_tables import summary_table, title, titled_tables
-from ..benchmark.handover_suite import METHODS, MIN_STEPS, measure_handovers
+from ..benchmark.handover_suite import METHODS, MIN_STEPS, SAMPLED_METHODS, measure_handovers
 from ..benchmark.handover_table import handover_table
 from ..benchmark.heavier import heavier
 from ..benchmark.plot import MISSING, is_matplotlib_available, plot
@@ -141,14 +142,19 @@ def _workloads(args: argparse.Namespace, batch_sizes: Sequence[int]) -> Iterator
     for batch_size in batch_sizes:
         if len(prompts) % batch_size:
             raise UsageError(f"--batch-size {batch_size}: {len(prompts)} prompts (--num-prompts) fill no whole batches")
+    _heavier(target, max(args.target_cost))  # What cannot be is said now, not behind other measurements.
     print(f"target: {describe_model(target)}\ndraft:  {describe_model(draft)}")
     for cost in args.target_cost:
-        try:
-            heavy = heavier(target, cost)
-        except (NotImplementedError, ValueError) as error:
-            raise UsageError(f"--target-cost {cost:g}: {error}") from error
+        heavy = _heavier(target, cost)
         for temperature, batch_size in product(args.temperature, batch_sizes):
             yield cost, Workload(heavy, draft, prompts, args.max_new_tokens, temperature, args.seed, batch_size)
+
+
+def _heavier(target: PreTrainedModel, cost: float) -> PreTrainedModel:
+    try:
+        return heavier(target, cost)
+    except (NotImplementedError, ValueError) as error:
+        raise UsageError(f"--target-cost {cost:g}: {error}") from error
 
 
 def _refuse_repeated(option: str, values: Sequence[str]) -> None:
@@ -242,16 +248,17 @@ def run_efficiency(args: argparse.Namespace) -> int:
 
 
 def run_handover(args: argparse.Namespace) -> int:
-    """Measure hand-overs, then every execution on the prompts; 1 where one wrote something else than `generate`."""
+    """Measure hand-overs, then every execution on the prompts; 1 where one wrote something else than the reference."""
     if len(args.target_cost) * len(args.temperature) > 1:
         raise UsageError("--suite handover: give one --target-cost and one --temperature")
     if args.steps < MIN_STEPS:
         raise UsageError(f"--steps {args.steps}: --suite handover takes percentiles of at least {MIN_STEPS}")
     ((_, workload),) = _workloads(args, [1])
     handovers = measure_handovers(workload.draft, args.steps)
+    methods = SAMPLED_METHODS if workload.temperature else METHODS
     enable(workload.target)
     try:
-        measurement = measure_with_progress(workload, METHODS, args.runs)
+        measurement = measure_with_progress(workload, methods, args.runs)
     finally:
         disable(workload.target)
         release(workload.target)

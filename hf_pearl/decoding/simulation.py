@@ -26,6 +26,8 @@ from .stats import PearlStats
 from .verification import Verifier
 from .while_pays import WhilePays
 
+NO_TIME = 1e-12  # seconds of a draft step that takes none: the schedule has to know what it takes
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -121,9 +123,9 @@ class VirtualDraft:
 
     @property
     def step_seconds(self) -> float:
-        """The true time of a draft step; 0.0 while the prompts are read."""
+        """The true time of a draft step; 0.0, which is unknown, while the prompts are read."""
         is_reading = self._costs.draft_prefill is not None and not self.num_steps
-        return 0.0 if is_reading else self._costs.draft_step(1)
+        return 0.0 if is_reading else max(NO_TIME, self._costs.draft_step(1))
 
     @property
     def max_line(self) -> int:

@@ -47,6 +47,8 @@ def _cells(tuning: Tuning, way: Way) -> tuple[str, ...]:
 def _advice(tuning: Tuning) -> str:
     """Whether to use PEARL, and what to expect of it."""
     best, speedup = tuning.best, tuning.speedup
+    if tuning.best_with_draft.error is not None:
+        return f"With the draft PEARL is not right here ({tuning.best_with_draft.error}). Leave it out:"
     if tuning.pays:
         return f"Use PEARL: expect {speedup:.2f} times the speed of `generate`."
     said = f"The draft does not pay: with it, PEARL has {speedup:.2f} times the speed of `generate`."

@@ -115,10 +115,10 @@ class Tuning:
 
     @property
     def best_with_draft(self) -> Way:
-        """The best one in which the draft takes part: PEARL's default, unless another is clearly faster."""
+        """The best one in which the draft takes part: PEARL's default, unless another is clearly faster, or right."""
         best = self.way(DEFAULT)
         for way in sorted(self.ways, key=lambda each: -each.tokens_per_second):
-            if way.uses_draft and way.is_faster_than(best):
+            if way.uses_draft and way.error is None and (best.error is not None or way.is_faster_than(best)):
                 best = way
         return best
 
