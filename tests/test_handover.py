@@ -51,11 +51,15 @@ def test_the_command_measures_and_its_table_can_be_filled_in(
     assert filled_in(mark.format("| old |"), tmp_path) == mark.format(table)
 
 
-def test_percentiles_need_two_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("num_steps", [1, 4001])
+def test_percentiles_need_two_steps_and_a_text_has_an_end(
+    num_steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["bench", "--suite", "handover", *saved_pair(tmp_path), "--steps", "1"])
+        main(["bench", "--suite", "handover", *saved_pair(tmp_path), "--steps", str(num_steps)])
     assert stop.value.code == 2
-    assert "--steps 1: --suite handover takes percentiles of at least 2" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"--steps {num_steps}: --suite handover takes percentiles of 2 to 4000" in said
 
 
 def test_one_workload_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

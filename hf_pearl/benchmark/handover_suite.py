@@ -36,7 +36,7 @@ ASLEEP_SECONDS = 0.002  # after a verdict, until the draft waits again
 START_SECONDS = 120.0
 STEP_SECONDS = 10.0
 WARM_UP = 20
-MIN_STEPS = 2  # percentiles lie between two
+MIN_STEPS, MAX_STEPS = 2, 4000  # Percentiles lie between two; all steps write one text, and drafts read so many tokens.
 
 Figures = dict[str, Any]
 Draft = ThreadDraft | ProcessDraft
@@ -59,7 +59,7 @@ SAMPLED_METHODS = (*METHODS, ENGINE)  # transformers draws other noise: texts ar
 def measure_handovers(draft: PreTrainedModel, num_steps: int) -> list[Figures]:
     """Microseconds of a hand-over, to the draft and to the engine, for every execution with lanes beside each other.
 
-    Medians and 99th percentiles of `num_steps` steps, at least `MIN_STEPS`.
+    Medians and 99th percentiles of `num_steps` steps, from `MIN_STEPS` to `MAX_STEPS`.
     """
     found = []
     for execution in EXECUTIONS:

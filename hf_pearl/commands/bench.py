@@ -26,7 +26,7 @@ from ..benchmark.cache_table import cache_table
 from ..benchmark.efficiency_suite import measure_efficiency, num_profiles
 from ..benchmark.efficiency_table import efficiency_table
 from ..benchmark.grid_tables import summary_table, title, titled_tables
-from ..benchmark.handover_suite import METHODS, MIN_STEPS, SAMPLED_METHODS, measure_handovers
+from ..benchmark.handover_suite import MAX_STEPS, METHODS, MIN_STEPS, SAMPLED_METHODS, measure_handovers
 from ..benchmark.handover_table import handover_table
 from ..benchmark.heavier import heavier
 from ..benchmark.plot import MISSING, is_matplotlib_available, plot
@@ -251,8 +251,8 @@ def run_handover(args: argparse.Namespace) -> int:
     """Measure hand-overs, then every execution on the prompts; 1 where one wrote something else than the reference."""
     if len(args.target_cost) * len(args.temperature) > 1:
         raise UsageError("--suite handover: give one --target-cost and one --temperature")
-    if args.steps < MIN_STEPS:
-        raise UsageError(f"--steps {args.steps}: --suite handover takes percentiles of at least {MIN_STEPS}")
+    if not MIN_STEPS <= args.steps <= MAX_STEPS:
+        raise UsageError(f"--steps {args.steps}: --suite handover takes percentiles of {MIN_STEPS} to {MAX_STEPS}")
     ((_, workload),) = _workloads(args, [1])
     handovers = measure_handovers(workload.draft, args.steps)
     methods = SAMPLED_METHODS if workload.temperature else METHODS
