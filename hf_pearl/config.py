@@ -62,6 +62,9 @@ class PearlConfig:
         What reads the caches: torch's scaled dot-product attention; Triton kernels that follow block tables; or, for
         windows that are plain lines, FlashAttention (flash-attn, or torch's), and Triton kernels for all others. "auto"
         takes the fastest that works, which on CUDA are kernels, and says which at INFO level.
+    compile : bool
+        Compile what is captured in CUDA graphs with `torch.compile`, but for attention: fewer kernels per layer. The
+        first calls take longer, a minute or so, and logits differ from the model's own by rounding.
     prefix_cache : bool
         Keep keys and values between calls and find them again by prefix.
     cache_salt : str
@@ -87,6 +90,7 @@ class PearlConfig:
     cache_memory: int | str = "auto"
     cache_dtype: Literal["auto", "float8_e4m3fn"] | torch.dtype = "auto"
     attention: Literal["auto", "sdpa", "triton", "flash"] = "auto"
+    compile: bool = False
     prefix_cache: bool = True
     cache_salt: str = ""
     seed: int | None = None
@@ -119,7 +123,7 @@ class PearlConfig:
                 "draft token is: what was drawn may not be left out for its value. Set it to 4, for instance, or leave "
                 'out `verification`: the default, "coupled", samples exactly from the target\'s distribution, too.'
             )
-        for name in ("overlap", "prefix_cache"):
+        for name in ("overlap", "compile", "prefix_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if self.seed is not None:

@@ -37,7 +37,7 @@ from .interrupts import KeptInterrupts
 from .learnt import Learnt, Runner
 from .model_devices import input_device
 from .parallel.cores import SharedCores, leaving_cores
-from .parallel.graphs.cuda_graphs import LaneGraphs
+from .parallel.graphs.lane_graphs import LaneGraphs
 from .parallel.inline import InlineDraft
 from .parallel.lane import output_vocab_size
 from .parallel.memory import cache_needs, cache_share
@@ -184,7 +184,7 @@ class PearlEngine:
 
     def _lane(self, name: str, model: PreTrainedModel, config: PearlConfig) -> Lane:
         cache = self.caches[name]
-        graphs = self.graphs.runner(name, model, cache) if config.captures else None
+        graphs = self.graphs.runner(name, model, cache, config.compile) if config.captures else None
         return new_lane(model, cache, config.prefix_cache, config.cache_salt, graphs, name)
 
     @contextmanager

@@ -79,7 +79,7 @@ CONTRADICTIONS: list[dict[str, Any]] = [
     {"output_scores": True, "return_dict_in_generate": False},
 ]
 SETTINGS = ["draft_length", "execution", "overlap", "verification", "cache_memory", "cache_dtype", "prefix_cache",
-            "cache_salt", "seed", "gamma"]  # fmt: skip
+            "cache_salt", "seed", "compile", "gamma"]  # fmt: skip
 
 
 def state(models: tuple[PreTrainedModel, ...], arguments: dict[str, Any]) -> list[Any]:
@@ -160,7 +160,7 @@ def check_settings(number: int, seed: int) -> None:
     chance, num_refused = random.Random(seed), 0
     good = {"draft_length": 3, "execution": "inline", "overlap": False, "verification": "rejection",
             "cache_memory": "1MiB", "cache_dtype": "auto", "prefix_cache": False, "cache_salt": "x",
-            "seed": 7}  # fmt: skip
+            "seed": 7, "compile": False}  # fmt: skip
     for _ in range(number):
         names = chance.sample(SETTINGS, chance.choice((1, 2, 4)))
         settings = {name: good.get(name, 1) if chance.random() < 0.4 else chance.choice(ANYTHING) for name in names}

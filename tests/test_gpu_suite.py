@@ -55,6 +55,8 @@ ALL_PARTS = [
     "continuous batching, 8B",
     "static cache, compiled, 0.6B",
     "continuous batching, 0.6B",
+    "steps, 0.6B, compiled",
+    "steps, 8B, compiled",
 ]
 
 

@@ -233,7 +233,7 @@ def damaged(words: array[int], chance: random.Random) -> array[int]:
     return words
 
 
-OPTION_VALUES = records.CallOptions(64, 0, True, True, "", False, "auto", 32, 8, 512, False, True, [])
+OPTION_VALUES = records.CallOptions(64, 0, True, True, "", False, "auto", 32, 8, 512, False, True, False, [])
 WELL_FORMED = [
     records.encode_message(message)
     for message in (

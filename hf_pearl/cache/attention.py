@@ -143,5 +143,19 @@ def _paged_mask(**kwargs: Any) -> torch.Tensor | None:
 
 def register() -> None:
     """Make the attention and mask functions known to transformers, under one name; harmless to repeat."""
-    AttentionInterface.register(ATTENTION_NAME, _paged_attention_forward)
+    AttentionInterface.register(ATTENTION_NAME, _registered)
     AttentionMaskInterface.register(ATTENTION_NAME, _paged_mask)
+
+
+_registered: Callable[..., Any] = _paged_attention_forward
+
+
+def keep_out_of_compilation() -> None:
+    """Have `torch.compile` call the attention function as it is, from now on: which step it serves is not in its input.
+
+    That loads a large part of torch, so that it is done for those alone who compile.
+    """
+    global _registered
+    if _registered is _paged_attention_forward:
+        _registered = torch.compiler.disable(_paged_attention_forward)
+    register()

@@ -6,7 +6,8 @@ Slow work must not be taken for a lane that stands still, so there are two signs
 |----------|------------------------------------------|---------------------------------------------|------------------|
 | beats    | rounds of a thread of the worker's own   | a stopped process, or one whose interpreter | `SILENT_SECONDS` |
 |          |                                          | is held by one endless call                 |                  |
-| progress | layers computed, and looks for a message | an endless loop, a deadlock, a sleep        | `STUCK_SECONDS`  |
+| progress | layers computed, looks for a message,    | an endless loop, a deadlock, a sleep        | `STUCK_SECONDS`  |
+|          | pieces of a model compiled               |                                             |                  |
 
 The longest forward makes progress with every layer, and a lane that waits for messages looks for them all the time. A
 rank that follows another is only watched while that one waits for it: there, progress is layers and sums over ranks.

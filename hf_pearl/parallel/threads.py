@@ -14,6 +14,7 @@ from ..decoding.messages import Admission, DraftReport, Grant, Removal, Rest, To
 from ..errors import PearlWorkerError
 from . import heartbeat
 from .draft_loop import EndOfCall, run_draft_loop
+from .graphs.compiled import num_compilations
 from .ranks.lane import Lane
 from .streams import LaneStream
 
@@ -140,7 +141,7 @@ class ThreadDraft:
 
     def _stands_still(self) -> bool:
         if self._error is None:
-            done = self._inbox.num_looks + self._lane.cache.statistics.computed_layers
+            done = self._inbox.num_looks + num_compilations() + self._lane.cache.statistics.computed_layers
             if self._progress.stands_still(done, heartbeat.STUCK_SECONDS):
                 self._error = PearlWorkerError(
                     f"draft lane, step {self._num_steps}: its thread {heartbeat.stands_still()}"

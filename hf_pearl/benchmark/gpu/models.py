@@ -51,6 +51,7 @@ def measure_model(
     dtype: torch.dtype,
     bandwidth: float,
     attempt: Attempts,
+    compiles: bool = False,
 ) -> Figures:
     """Steps of one model, and its seconds per token with `generate` and with our engine.
 
@@ -60,6 +61,8 @@ def measure_model(
         Whether it drafts; otherwise it verifies.
     bandwidth : float
         Bytes per second; the bound is reading all weights of a step once (keys and values left out).
+    compiles : bool
+        Whether what is captured is compiled; then there are the steps only.
     """
     model = random_model(shape, device, dtype)
     weight_bytes = step_weights(model) * dtype.itemsize
@@ -73,10 +76,10 @@ def measure_model(
         "target_steps": [],
     }
     if is_draft:
-        figures |= _draft_figures(model, batches, sizes, attempt)
+        figures |= _draft_figures(model, batches, sizes, attempt, compiles)
     for rows in batches:
         tokens = sizes.tokens if len(rows) == 1 else sizes.batch_tokens
-        steps = partial(target_steps, model, rows, tokens, sizes.num_runs, attempt)
+        steps = partial(target_steps, model, rows, tokens, sizes.num_runs, attempt, compiles)
         made, observed = attempt(f"target steps, batch {len(rows)}", steps) or ([], None)
         figures["target_steps"] += made
         if len(rows) == 1 and observed is not None:
@@ -84,18 +87,20 @@ def measure_model(
     figures["token_seconds"] = [
         each
         for rows in batches
-        for method in (GENERATE, ENGINE)
+        for method in (() if compiles else (GENERATE, ENGINE))
         for each in _token_seconds(model, method, rows, sizes, attempt)
     ]
     return figures
 
 
-def _draft_figures(model: PreTrainedModel, batches: Sequence[Rows], sizes: Sizes, attempt: Attempts) -> Figures:
+def _draft_figures(
+    model: PreTrainedModel, batches: Sequence[Rows], sizes: Sizes, attempt: Attempts, compiles: bool
+) -> Figures:
     """Draft steps, one by one; of one row launched together, too."""
 
     def made(rows: Rows, num_guesses: int, per_launch: int) -> Figures | None:
         name = f"draft step, batch {len(rows)}, {num_guesses} guesses, {per_launch} to a launch"
-        return attempt(name, partial(draft_steps, model, rows, num_guesses, sizes.num_steps, per_launch))
+        return attempt(name, partial(draft_steps, model, rows, num_guesses, sizes.num_steps, per_launch, compiles))
 
     cases = [(batches[0], num) for num in sizes.guesses] + [(rows, len(rows)) for rows in batches[1:]]
     single = [made(rows, num, 1) for rows, num in cases]

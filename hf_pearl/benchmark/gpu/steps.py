@@ -40,13 +40,15 @@ class WideDrafter(Drafter):
         return 0.0
 
 
-def make_lane(model: PreTrainedModel) -> ModelLane:
+def make_lane(model: PreTrainedModel, compiles: bool = False) -> ModelLane:
     """A lane as the engine makes it, with a cache of its own, in which nothing is found again."""
     cache = PagedPrefixCache(model.config, device=input_device(model))
-    return ModelLane(model, cache, prefix_cache=False, graphs=make_runner(model, cache))
+    return ModelLane(model, cache, prefix_cache=False, graphs=make_runner(model, cache, compiles))
 
 
-def draft_steps(model: PreTrainedModel, rows: Rows, num_guesses: int, num_steps: int, per_launch: int = 1) -> Figures:
+def draft_steps(
+    model: PreTrainedModel, rows: Rows, num_guesses: int, num_steps: int, per_launch: int = 1, compiles: bool = False
+) -> Figures:
     """Draft steps over so many guesses, of one request or more: their median time, in seconds, and how many there were.
 
     Beside it stands how long the device was busy in the last ones, per step; None where it is not known.
@@ -55,13 +57,15 @@ def draft_steps(model: PreTrainedModel, rows: Rows, num_guesses: int, num_steps:
     ----------
     per_launch : int
         Steps that are launched together; the seconds are None where they cannot be.
+    compiles : bool
+        Whether what is captured is compiled.
 
     Raises
     ------
     RuntimeError
         No step was as wide: the model finds too few guesses likely.
     """
-    lane = make_lane(model)
+    lane = make_lane(model, compiles)
     drafter = WideDrafter(
         lane, Proposer(output_vocab_size(model), LogitsProcessorList()), Calibration(), max_width=num_guesses
     )
@@ -131,10 +135,15 @@ class TargetSteps:
 
 
 def target_steps(
-    model: PreTrainedModel, rows: Rows, num_tokens: Sequence[int], num_runs: int, attempt: Attempts
+    model: PreTrainedModel,
+    rows: Rows,
+    num_tokens: Sequence[int],
+    num_runs: int,
+    attempt: Attempts,
+    compiles: bool = False,
 ) -> tuple[list[Figures], Observed | None]:
     """Median seconds of target forwards over so many tokens a row; and what ran in the smallest of them."""
-    lane = make_lane(model)
+    lane = make_lane(model, compiles)
     device = lane.device
     with lane.ready():
         steps = TargetSteps(lane, rows)

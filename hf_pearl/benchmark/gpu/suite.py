@@ -25,11 +25,12 @@ BANDWIDTH, ATTENTION = "copy bandwidth", "attention"
 
 
 class Model(NamedTuple):
-    """A shape, whether it drafts, and how long its part may take, in seconds."""
+    """A shape, whether it drafts, how long its part may take, in seconds, and whether it is compiled."""
 
     shape: Shape
     is_draft: bool
     seconds: float
+    compiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Extent:
         What the simulation's text is.
     pair_sizes : tuple of Size
         Of the first pair's draft and target, as they are made from the embedded ones.
+    compiled : sequence of str
+        Models that are measured last of all: compiled twins.
     haste : float
         By which the times that parts may take are multiplied.
     """
@@ -69,6 +72,7 @@ class Extent:
     asked: Sequence[Asked]
     traced: Asked
     pair_sizes: Callable[[], tuple[Size, Size]]
+    compiled: Sequence[str] = ()
     haste: float = 1.0
 
 
@@ -83,6 +87,8 @@ FULL = Extent(
         "8B": Model(QWEN3["8B"], False, 30.0),
         "1.7B": Model(QWEN3["1.7B"], True, 30.0),
         "32B": Model(QWEN3["32B"], False, 45.0),
+        "0.6B, compiled": Model(QWEN3["0.6B"], True, 150.0, compiles=True),
+        "8B, compiled": Model(QWEN3["8B"], False, 120.0, compiles=True),
     },
     pairs=(("0.6B", "8B"), ("1.7B", "32B")),
     rivals=("8B", "0.6B"),
@@ -91,6 +97,7 @@ FULL = Extent(
     asked=(Asked(1, 3, 64, 2), Asked(8, 8, 48, 1), Asked(32, 32, 48, 1)),
     traced=Asked(1, 4, 64, 1),
     pair_sizes=_real_sizes,
+    compiled=("0.6B, compiled", "8B, compiled"),
 )
 _TINY = Shape(2, 32, 48, 4, 2, True, head_dim=16, vocab_size=96)
 QUICK = Extent(
@@ -160,8 +167,8 @@ def simulated_name(pair: tuple[str, str]) -> str:
 def gpu_parts(extent: Extent, device: torch.device, dtype: torch.dtype) -> Iterator[Part]:
     """The parts, the most important first: what the goals are about, then the rest.
 
-    By what they say to take, the time of the command's default ends with attention; continuous batching and the rivals
-    of the draft are for a second run.
+    By what they say to take, the time of the command's default ends with attention; continuous batching, the rivals of
+    the draft and compiled models are for a second run.
     """
     yield Part(BANDWIDTH, 10.0, lambda *_: {"bytes_per_second": copy_bandwidth(device, extent.copy_bytes, 10)})
     first, *others = extent.pairs
@@ -184,6 +191,8 @@ def gpu_parts(extent: Extent, device: torch.device, dtype: torch.dtype) -> Itera
     for name in other_rivals:
         for method in (STATIC, CONTINUOUS):
             yield _rival_part(extent, name, method, device, dtype)
+    for name in extent.compiled:
+        yield _model_part(extent, name, device, dtype)
 
 
 def _bandwidth(results: Results) -> float:
@@ -194,7 +203,8 @@ def _model_part(extent: Extent, name: str, device: torch.device, dtype: torch.dt
     model = extent.models[name]
 
     def measure(results: Results, attempt: Attempts) -> Figures:
-        return measure_model(model.shape, model.is_draft, extent.sizes, device, dtype, _bandwidth(results), attempt)
+        where = device, dtype, _bandwidth(results)
+        return measure_model(model.shape, model.is_draft, extent.sizes, *where, attempt, model.compiles)
 
     return Part(model_name(name), model.seconds, measure)
 

@@ -27,6 +27,7 @@ from ...decoding.choosing import Chooser
 from ..packed_windows import PackedWindows
 from .buckets import bucket_of, largest_like
 from .capture import Capture, capture_for, stream_priority
+from .compiled import Body
 from .obstacles import obstacle_to_capture
 from .static_chain import ChainKind, ChainResult, Noise, StaticChain
 from .static_forward import StaticForward
@@ -53,13 +54,21 @@ class GraphRunner:
         CUDA graphs, or the stand-in; the memory of what it captures is shared by all of this runner's.
     max_graphs : int
         How many are kept at most.
+    compiles : bool
+        Whether the model is compiled for what is captured.
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: PagedPrefixCache, capture: Capture, max_graphs: int = MAX_GRAPHS
+        self,
+        model: PreTrainedModel,
+        cache: PagedPrefixCache,
+        capture: Capture,
+        max_graphs: int = MAX_GRAPHS,
+        compiles: bool = False,
     ) -> None:
-        self.cache = cache
+        self.cache, self.compiles = cache, compiles
         self.device = model.get_input_embeddings().weight.device
+        self.body = Body(compiles, self.device)
         self.max_graphs = max_graphs
         self.num_replays = self.num_chains = self.num_warm_ups = 0
         self.forwards: dict[Bounds, StaticForward] = {}  # the least recently used first
@@ -139,7 +148,7 @@ class GraphRunner:
         """
         while len(self.forwards) >= self.max_graphs:
             self.forwards.pop(next(iter(self.forwards))).release()
-        static = StaticForward(model, self.cache, bucket, self.device)
+        static = StaticForward(model, self.body, self.cache, bucket, self.device)
         static.fill(sequences, packed)
         static.capture(self._capture, self._room)
         self.forwards[bucket] = static
@@ -181,7 +190,7 @@ class GraphRunner:
             self.capture(model, bucket, sequences, packed)
 
         if self._comes_again(bucket):
-            self._obstacle = self._attempt(capture)
+            self._obstacle = self._attempt(model, capture)
             self._say(model)
         else:
             self.num_warm_ups += 1  # The kernels of a size are compiled in its first step.
@@ -200,13 +209,13 @@ class GraphRunner:
         def capture() -> None:
             while len(self.chains) >= MAX_CHAINS:
                 self.chains.pop(next(iter(self.chains))).release()
-            static = StaticChain(model, self.cache, kind, self.device)
+            static = StaticChain(model, self.body, self.cache, kind, self.device)
             static.fill(sequences, steps, noise)
             static.capture(self._capture)
             self.chains[kind] = static
 
         if self._comes_again(kind):
-            reason = self._attempt(capture)
+            reason = self._attempt(model, capture)
             if reason is not None:
                 self._refused.add(kind.chooser)
                 logger.info_once(f"Draft steps of {type(model).__name__} are launched one by one: {reason}.")
@@ -216,7 +225,7 @@ class GraphRunner:
         self._num_steps[kind] += 1
         return self._num_steps[kind] >= CAPTURED_FROM
 
-    def _attempt(self, capture: Callable[[], None]) -> str | None:
+    def _attempt(self, model: PreTrainedModel, capture: Callable[[], None]) -> str | None:
         """Capture something; why that is not possible, if so: everything is released then.
 
         Nothing is captured, either, while another lane does so for too long: it is tried again with later steps.
@@ -233,6 +242,9 @@ class GraphRunner:
             capture()
         except Exception as error:  # Out of memory, of a GPU's registers, whatever it is: the step can be made without.
             self.release()
+            if self.body.is_compiled:  # Perhaps it can be captured as it is; it is tried again with later steps.
+                self.body.give_up(type(model).__name__, error)
+                return None
             return f"the attempt failed: {type(error).__name__}: {error}"
         finally:
             _capture_lock.release()
@@ -251,42 +263,9 @@ class GraphRunner:
             logger.info_once(f"Forwards of {name} on {self.device} are not captured in CUDA graphs: {self._obstacle}.")
 
 
-def make_runner(model: PreTrainedModel, cache: PagedPrefixCache) -> GraphRunner | None:
+def make_runner(model: PreTrainedModel, cache: PagedPrefixCache, compiles: bool = False) -> GraphRunner | None:
     """A runner for a model on its cache; None where nothing can be captured."""
     capture = capture_for(cache.device)
-    return None if capture is None else GraphRunner(model, cache, capture)
-
-
-class LaneGraphs:
-    """The runners of an engine's lanes, kept between calls."""
-
-    def __init__(self) -> None:
-        self._runners: dict[str, GraphRunner] = {}
-        self._num_forgotten = 0
-
-    @property
-    def num_warm_ups(self) -> int:
-        """Of every runner that there was."""
-        return self._num_forgotten + sum(runner.num_warm_ups for runner in self._runners.values())
-
-    def runner(self, name: str, model: PreTrainedModel, cache: PagedPrefixCache) -> GraphRunner | None:
-        """The runner of the lane `name`; None where nothing can be captured."""
-        runner = self._runners.get(name)
-        if runner is not None and runner.cache is cache:
-            return runner
-        self.forget(name)
-        runner = make_runner(model, cache)
-        if runner is not None:
-            self._runners[name] = runner
-        return runner
-
-    def forget(self, name: str) -> None:
-        """Keep no runner of the lane `name`: its memory goes with its last user, a thread that was left behind."""
-        runner = self._runners.pop(name, None)
-        self._num_forgotten += 0 if runner is None else runner.num_warm_ups
-
-    def release(self) -> None:
-        """Give everything back."""
-        for name, runner in list(self._runners.items()):
-            runner.release()
-            self.forget(name)
+    if capture is None and compiles:
+        logger.warning_once(f"`compile` is without effect: on {cache.device} nothing is captured in CUDA graphs.")
+    return None if capture is None else GraphRunner(model, cache, capture, compiles=compiles)

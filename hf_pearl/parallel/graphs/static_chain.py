@@ -21,6 +21,7 @@ from ...decoding.choosing import Chooser, Chosen
 from ...decoding.noise import NoiseRow
 from ..packed_windows import PackedWindows
 from .capture import Capture, Captured
+from .compiled import Body
 from .static_forward import StaticForward
 
 Noise = Sequence[Sequence[NoiseRow]]
@@ -55,10 +56,12 @@ class StaticChain:
     What is chosen behind a token of padding is its successor, and like it belongs to no sequence.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: PagedPrefixCache, kind: ChainKind, device: torch.device) -> None:
+    def __init__(
+        self, model: PreTrainedModel, body: Body, cache: PagedPrefixCache, kind: ChainKind, device: torch.device
+    ) -> None:
         bucket, num_steps, self._chooser = kind
         self._vocab_size = model.get_input_embeddings().num_embeddings
-        self.forwards = [StaticForward(model, cache, bucket, device) for _ in range(num_steps)]
+        self.forwards = [StaticForward(model, body, cache, bucket, device) for _ in range(num_steps)]
         size, is_cuda = (num_steps, bucket.num_tokens), device.type == "cuda"
         with torch.inference_mode(False):  # Such tensors are written to by every later step, in whatever mode.
             self._noise_on_host = torch.zeros(*size, 4, dtype=torch.long, pin_memory=is_cuda, device="cpu")

@@ -19,6 +19,7 @@ from ...cache.step_tables import Bounds, StepTables
 from ..packed_windows import PackedWindows
 from .buckets import limits_of
 from .capture import Capture, Captured
+from .compiled import Body
 
 
 class StaticForward:
@@ -28,8 +29,10 @@ class StaticForward:
     its logits.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: PagedPrefixCache, bucket: Bounds, device: torch.device) -> None:
-        self._model = weakref.ref(model)
+    def __init__(
+        self, model: PreTrainedModel, body: Body, cache: PagedPrefixCache, bucket: Bounds, device: torch.device
+    ) -> None:
+        self._model, self._body = weakref.ref(model), body
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.tables = StepTables(limits_of(bucket, cache.block_size), cache.block_size, device, bucket)
         self._step = StaticStep(cache, self.tables)
@@ -96,7 +99,8 @@ class StaticForward:
         assert model is not None
         wanted = {"logits_to_keep": self._kept} if self._takes_logits_to_keep else {}
         with paged_step(self._step):
-            logits: torch.Tensor = model(
+            logits: torch.Tensor = self._body(
+                model,
                 input_ids=self.input_ids,
                 position_ids=self._position_ids,
                 attention_mask=self._no_mask,

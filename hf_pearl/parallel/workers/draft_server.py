@@ -13,7 +13,8 @@ from ...decoding.drafting import Drafter
 from ...decoding.proposal import Proposer
 from ...model_devices import input_device
 from ..draft_loop import run_draft_loop
-from ..graphs.cuda_graphs import LaneGraphs
+from ..graphs.compiled import num_compilations
+from ..graphs.lane_graphs import LaneGraphs
 from ..memory import num_blocks
 from ..ranks.lane import new_cache, new_lane
 from ..streams import LaneStream
@@ -45,9 +46,9 @@ class DraftServer:
         self._graphs = LaneGraphs()
 
     def progress(self) -> int:
-        """Layers computed, and looks for a message."""
+        """Layers computed, looks for a message, and pieces of a model compiled."""
         cache = self.cache
-        return self.inbox.num_looks + (0 if cache is None else cache.statistics.computed_layers)
+        return self.inbox.num_looks + num_compilations() + (0 if cache is None else cache.statistics.computed_layers)
 
     def serve(self) -> None:
         """Serve calls until told to quit."""
@@ -82,7 +83,9 @@ class DraftServer:
 
     def _draft(self, options: records.CallOptions, distributions: SharedDistributions | None, outbox: Outbox) -> None:
         cache = self._cache_for(options)
-        graphs = self._graphs.runner("draft", self.model, cache) if options.captures else None
+        graphs = None
+        if options.captures:
+            graphs = self._graphs.runner("draft", self.model, cache, options.compiles)
         lane = new_lane(self.model, cache, options.prefix_cache, options.cache_salt, graphs, "draft")
         processors = decode_processors(options.processors)
         proposer = Proposer(options.vocab_size, processors, options.pad_token_id, distributions)

@@ -146,6 +146,7 @@ class DraftWorker:
             self.cache_blocks,
             config.verification == "rejection",
             config.captures,
+            config.compile,
             encode_processors(processors),
         )
         return ProcessDraft(self._process, BeginCall(self._num_calls, options))

@@ -52,6 +52,7 @@ class CallOptions(NamedTuple):
     num_blocks: int
     keeps_distributions: bool
     captures: bool
+    compiles: bool
     processors: list[dict[str, Any]]
 
 
@@ -205,6 +206,7 @@ def _decode_begin_call(words: Sequence[int]) -> BeginCall:
         "eight_bit_cache": (False, True),
         "keeps_distributions": (False, True),
         "captures": (False, True),
+        "compiles": (False, True),
     }
     for name, (low, high) in ranges.items():
         if type(options[name]) is not type(low):
