@@ -31,11 +31,11 @@ help: ## this list
 demo: $(VENV)/$(STAMP) ## stream a completion, then measure five ways of decoding it
 	$(VENV)/bin/python -m hf_pearl demo $(ARGS)
 
-bench: $(VENV)/$(STAMP) ## measure all but SmolLM2 anew (about 45 minutes), and write the tables into README and docs
+bench: $(VENV)/$(STAMP) ## measure all but SmolLM2 anew (about an hour), and write the tables into README and docs
 	$(VENV)/bin/python -m hf_pearl demo --json docs/results/demo.json
 	$(VENV)/bin/python -m hf_pearl bench --suite cache --steps 30 --json docs/results/cache.json
 	$(VENV)/bin/python -m hf_pearl bench --suite handover --steps 1000 --max-new-tokens 80 --json docs/results/handover.json
-	$(VENV)/bin/python -m hf_pearl bench --suite efficiency --target-cost 1 3 --num-prompts 12 --runs 7 --json docs/results/efficiency.json
+	$(VENV)/bin/python -m hf_pearl bench --suite efficiency --target-cost 1 3 --num-prompts 12 --runs 15 --json docs/results/efficiency.json
 	$(VENV)/bin/python -m hf_pearl.benchmark.sampling_suite --json docs/results/sampling.json
 	$(VENV)/bin/python -m hf_pearl bench --batch-size 1 4 --temperature 0 0.7 --max-new-tokens 80 --num-prompts 8 --runs 5 --json-folder docs/results
 	$(VENV)/bin/python -m hf_pearl bench --batch-size 1 4 --temperature 0 0.7 --target-cost 3 --max-new-tokens 80 --num-prompts 8 --json-folder docs/results

@@ -46,10 +46,11 @@ from hf_pearl.launching.rank_devices import first_devices
 from hf_pearl.pair import demo_pair_folder
 from hf_pearl.parallel import heartbeat
 from hf_pearl.parallel.memory import cache_needs
-from hf_pearl.parallel.ranks import shared_collectives
+from hf_pearl.parallel.ranks import child_ranks, shared_collectives
 from hf_pearl.parallel.ranks.child_ranks import ChildRanks
 from hf_pearl.parallel.ranks.lane import leader_of
 from hf_pearl.parallel.ranks.wire import RankModel
+from hf_pearl.parallel.workers.child_process import start_module
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKSTEP = PearlConfig(draft_length=4, seed=7)  # waits for the draft, whose guesses then depend on no time
@@ -543,6 +544,23 @@ def test_a_stopped_rank_is_noticed(launched: LaunchedPair, saved: Saved, monkeyp
     message = fails_and_recovers(launched, saved, stop, 3)
     assert message.startswith("target lane, forward ")
     assert "rank 1 of the target lane" in message and "no sign of life" in message
+
+
+def test_a_rank_that_is_stopped_while_it_starts_is_not_waited_for(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 0.8)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_stopped(*arguments: Any) -> subprocess.Popen[bytes]:
+        started.append(start_module(*arguments))
+        os.kill(started[-1].pid, signal.SIGSTOP)
+        return started[-1]
+
+    monkeypatch.setattr(child_ranks, "start_module", start_stopped)
+    with pytest.raises(PearlWorkerError, match=r"rank 1: its process has been stopped for 0\.8 s while it started"):
+        saved.launch(1, 2)
+    assert len(started) == 1 and started[0].poll() is not None
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -20,6 +20,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from .workers.child_process import Parent
 
@@ -83,6 +84,17 @@ class Signs:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._beats, self._progress = Watch(clock), Watch(clock)
+        self._num_runs = 0
+
+    def missing_at_start(self, process_id: int) -> str:
+        """Why a process that has not given its first sign is to be given up now; empty while it runs.
+
+        Imports and weights take as long as they take. But it does not come if the system holds it back.
+        """
+        self._num_runs += not _is_stopped(process_id)
+        if self._beats.stands_still(self._num_runs, SILENT_SECONDS):
+            return f"its process has been stopped for {SILENT_SECONDS:g} s while it started"
+        return ""
 
     def missing(self, control: memoryview, num_waits: int = 0) -> str:
         """Why the process is to be given up now; empty while it lives.
@@ -104,6 +116,15 @@ class Signs:
     def is_silent(self) -> bool:
         """Whether some beats have been missed: soon it beats again, or is given up."""
         return self._beats.seconds_still > 5 * BEAT_SECONDS
+
+
+def _is_stopped(process_id: int) -> bool:
+    """Whether the system holds a process back: after SIGSTOP, or for a debugger."""
+    try:
+        state = Path(f"/proc/{process_id}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except OSError:
+        return False
+    return state in (b"T", b"t")
 
 
 class Pulse(threading.Thread):

@@ -168,6 +168,9 @@ class ChildRanks:
                     if waiting[descriptor].look():
                         poller.unregister(descriptor)
                         del waiting[descriptor]
+                for child in waiting.values():
+                    if missing := child.signs.missing_at_start(child.process.pid):
+                        raise RankError(f"rank {child.rank}: {missing}")
                 if time.perf_counter() > deadline:
                     raise RankError(f"rank {min(c.rank for c in waiting.values())} was not ready in {START_SECONDS} s")
         except RankError as error:

@@ -132,6 +132,8 @@ class WorkerProcess:
         if not self.is_ready:
             if time.perf_counter() - self._started > START_SECONDS:
                 self.give_up(f"it was not ready within {START_SECONDS:.0f} s")
+            elif missing := self._signs.missing_at_start(self._process.pid):
+                self.give_up(missing)
         elif missing := self._signs.missing(control):
             self.give_up(missing)
 
