@@ -64,7 +64,7 @@ class PearlConfig:
         takes the fastest that works, which on CUDA are kernels, and says which at INFO level.
     compile : bool
         Compile what is captured in CUDA graphs with `torch.compile`, but for attention: fewer kernels per layer. The
-        first calls take longer, a minute or so, and logits differ from the model's own by rounding.
+        first calls take longer, and logits differ from the model's own by rounding.
     prefix_cache : bool
         Keep keys and values between calls and find them again by prefix.
     cache_salt : str

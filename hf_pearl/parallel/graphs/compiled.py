@@ -4,8 +4,7 @@ A graph spares Python and launches, not kernels. Of some fifty in a layer (norms
 most read and write a row that a neighbour has just written; compiled together they read and write it once.
 
 Attention is left out: which step it serves is known to Python alone. There torch breaks off, so that the pieces of a
-layer around it are compiled, once for all layers of a model. That takes seconds, where a whole model as one graph takes
-minutes.
+layer around it are compiled, once for all layers of a model: how long that takes does not grow with their number.
 """
 
 from __future__ import annotations
@@ -35,6 +34,8 @@ class Body:
 
     Parameters
     ----------
+    name : str
+        Of the model's class.
     device : torch.device
         Where it computes.
 
@@ -44,8 +45,8 @@ class Body:
         False for good after an attempt that has failed; why is said once, at INFO level.
     """
 
-    def __init__(self, is_compiled: bool, device: torch.device) -> None:
-        self.is_compiled = is_compiled
+    def __init__(self, name: str, is_compiled: bool, device: torch.device) -> None:
+        self._name, self.is_compiled = name, is_compiled
         self._is_cuda = device.type == "cuda"
 
     def __call__(self, model: PreTrainedModel, **inputs: Any) -> Any:
@@ -56,14 +57,15 @@ class Body:
                 with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS), _same_threads(self._is_cuda):
                     return _compiled(type(model).forward)(model, **inputs)
             except Exception as error:  # A compiler may fail with anything, for want of gcc for example.
-                self.give_up(type(model).__name__, error)
+                self.give_up(error)
         return model(**inputs)
 
-    def give_up(self, name: str, error: BaseException) -> None:
+    def give_up(self, error: BaseException) -> None:
         """Compile no more."""
         self.is_compiled = False
         reason = getattr(error, "inner_exception", error)  # torch puts pages around it.
-        logger.info_once(f"{name} is not compiled: {type(reason).__name__}: {str(reason).partition(chr(10))[0]}")
+        text = str(reason).partition("\n")[0]
+        logger.info_once(f"{self._name} is not compiled: {type(reason).__name__}: {text}")
 
 
 def num_compilations() -> int:

@@ -68,7 +68,7 @@ class GraphRunner:
     ) -> None:
         self.cache, self.compiles = cache, compiles
         self.device = model.get_input_embeddings().weight.device
-        self.body = Body(compiles, self.device)
+        self.body = Body(type(model).__name__, compiles, self.device)
         self.max_graphs = max_graphs
         self.num_replays = self.num_chains = self.num_warm_ups = 0
         self.forwards: dict[Bounds, StaticForward] = {}  # the least recently used first
@@ -190,7 +190,7 @@ class GraphRunner:
             self.capture(model, bucket, sequences, packed)
 
         if self._comes_again(bucket):
-            self._obstacle = self._attempt(model, capture)
+            self._obstacle = self._attempt(capture)
             self._say(model)
         else:
             self.num_warm_ups += 1  # The kernels of a size are compiled in its first step.
@@ -215,7 +215,7 @@ class GraphRunner:
             self.chains[kind] = static
 
         if self._comes_again(kind):
-            reason = self._attempt(model, capture)
+            reason = self._attempt(capture)
             if reason is not None:
                 self._refused.add(kind.chooser)
                 logger.info_once(f"Draft steps of {type(model).__name__} are launched one by one: {reason}.")
@@ -225,7 +225,7 @@ class GraphRunner:
         self._num_steps[kind] += 1
         return self._num_steps[kind] >= CAPTURED_FROM
 
-    def _attempt(self, model: PreTrainedModel, capture: Callable[[], None]) -> str | None:
+    def _attempt(self, capture: Callable[[], None]) -> str | None:
         """Capture something; why that is not possible, if so: everything is released then.
 
         Nothing is captured, either, while another lane does so for too long: it is tried again with later steps.
@@ -243,7 +243,7 @@ class GraphRunner:
         except Exception as error:  # Out of memory, of a GPU's registers, whatever it is: the step can be made without.
             self.release()
             if self.body.is_compiled:  # Perhaps it can be captured as it is; it is tried again with later steps.
-                self.body.give_up(type(model).__name__, error)
+                self.body.give_up(error)
                 return None
             return f"the attempt failed: {type(error).__name__}: {error}"
         finally:
