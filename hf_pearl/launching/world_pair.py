@@ -25,7 +25,7 @@ from ..parallel.ranks.linked_server import LinkedServer
 from ..parallel.ranks.models import link, stand_in
 from ..parallel.ranks.shared_output import Audience, receive_output, share_error, share_output
 from ..parallel.ranks.wire import RankModel
-from ..parallel.ranks.world import LaneGroups, WorldRanks, joined_world
+from ..parallel.ranks.world import LaneGroups, WorldRanks, joined_world, new_group
 from ..parallel.tensor_parallel import load_shard
 from .launched_pair import LaunchedPair
 
@@ -52,17 +52,17 @@ class WorldPair(LaunchedPair):
         self._pair: Audience | None = None  # rank 0 and the draft's first
         self._lanes: list[Audience] = []  # those that this rank is in
         # Collective: every rank makes every group, in this order.
-        everyone = dist.new_group(backend="gloo")
+        everyone = new_group(backend="gloo")
         target_groups = LaneGroups("target", 0, target.size)
         draft_groups = None if draft is None else LaneGroups("draft", target.size, draft.size)
-        pair_group: Any = None if draft is None else dist.new_group([0, target.size], backend="gloo")
-        if dist.get_rank() in (0, target.size) and draft is not None:
+        pair_group = None if draft is None else new_group([0, target.size], backend="gloo")
+        if dist.get_rank() in (0, target.size) and pair_group is not None:
             self._pair = Audience(pair_group, 0)
         for groups in (target_groups, draft_groups):
             if groups is not None and groups.is_member and groups.size > 1:
                 self._lanes.append(Audience(groups.words, groups.first))
         held_target, held_draft = self._hold(target, target_groups), None
-        if draft is not None and draft_groups is not None:
+        if draft is not None and draft_groups is not None and pair_group is not None:
             held_draft = self._hold(draft, draft_groups)
             if dist.get_rank() == 0:
                 self._link = LinkedDraft(pair_group, target.size)

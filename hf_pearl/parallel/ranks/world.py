@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -79,6 +80,13 @@ def _meeting_place() -> tuple[dist.Store, int, int]:
     return found
 
 
+def new_group(
+    ranks: list[int] | None = None, backend: str | None = None, timeout: timedelta | None = None
+) -> dist.ProcessGroup:
+    """torch's `new_group`; what it gives a process that is no member (a number) is only ever passed on."""
+    return cast("dist.ProcessGroup", dist.new_group(ranks, timeout, backend))
+
+
 class LaneGroups:
     """One lane's ranks, of which this process need not be one; made by all processes in the same order.
 
@@ -93,8 +101,8 @@ class LaneGroups:
     def __init__(self, lane: str, first: int, size: int) -> None:
         ranks = list(range(first, first + size))
         self.lane, self.first, self.size = lane, first, size
-        sums = dist.new_group(ranks, timeout=timedelta(seconds=ANSWER_SECONDS))
-        self.words = dist.new_group(ranks, backend="gloo")  # Its waits may be as long as a call is away.
+        sums = new_group(ranks, timeout=timedelta(seconds=ANSWER_SECONDS))
+        self.words = new_group(ranks, backend="gloo")  # Its waits may be as long as a call is away.
         self.is_member = dist.get_rank() in ranks
         self.rank = dist.get_rank() - first
         self.collectives = GroupCollectives(sums, lane) if self.is_member else None
