@@ -45,9 +45,10 @@ COMPILED = PearlConfig(draft_length=4, execution="inline", attention="triton", c
 
 @pytest.fixture(scope="module", autouse=True)
 def enabled() -> Iterator[None]:
-    """`pearl=` for tiny models."""
+    """`pearl=` for tiny models; torch keeps processes that compile for later, on a GPU as well: they end with us."""
     with enabled_for_tiny_models():
         yield
+    shutdown_compile_workers()
 
 
 @pytest.fixture
@@ -242,7 +243,6 @@ def test_the_code_generator_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         prompts = random_prompts(random.Random(8), 2, [6, 9])
         assert_equal(target, noisy_copy(target, 0.02, 8), prompts, COMPILED, max_new_tokens=12)
         hf_pearl.release(target)
-    shutdown_compile_workers()  # torch keeps processes that compile for later.
 
 
 @pytest.mark.cuda
