@@ -132,6 +132,25 @@ def test_a_part_that_fails_is_noted_and_the_next_ones_run() -> None:
     assert said[2] == "broken: OutOfMemoryError: CUDA out of memory."
 
 
+def test_a_device_that_answers_no_more_leaves_what_was_measured_and_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an illegal access, from which no call returns without an error until the process ends."""
+
+    def refuse() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+
+    def measure(results: Any, attempt: Attempts) -> dict[str, Any]:
+        return {"figure": attempt("one", refuse)}
+
+    time = Time()
+    parts = time.part("a", 1), Part("b", 1.0, measure), time.part("c", 1, error=RuntimeError("CUDA error"))
+    found, saves, _ = run(time, *parts)
+    assert list(found["parts"]) == ["a", "b"] and found["failed"] == {"c": "RuntimeError: CUDA error"}
+    assert "illegal memory access" in found["parts"]["b"]["failed"]["one"] and len(saves) == 3
+
+
 def test_what_was_measured_before_an_interrupt_is_saved() -> None:
     time, saves = Time(), []
 
