@@ -21,7 +21,7 @@ from hf_pearl import disable, enable, release
 from hf_pearl.__main__ import main
 from hf_pearl.benchmark import Method, Workload, complete, measurement
 from hf_pearl.benchmark.fill_in import filled_in
-from hf_pearl.benchmark.gpu import FULL, QUICK, Part, attention, gpu_tables, models, run_parts
+from hf_pearl.benchmark.gpu import FULL, QUICK, Part, attention, gpu_tables, models, pairs, run_parts, steps
 from hf_pearl.benchmark.gpu.goals import goals
 from hf_pearl.benchmark.gpu.models import measure_model
 from hf_pearl.benchmark.gpu.observing import attention_among
@@ -41,10 +41,10 @@ from hf_pearl.parallel.graphs.capture import RerunCapture
 CPU = torch.device("cpu")
 ALL_PARTS = [
     "copy bandwidth",
-    "steps, 0.6B",
-    "steps, 8B",
     "pair 0.6B/8B, batch 1",
     "pair 0.6B/8B, batch 8",
+    "steps, 0.6B",
+    "steps, 8B",
     "steps, 1.7B",
     "static cache, compiled, 8B",
     "pair 0.6B/8B, batch 32",
@@ -272,6 +272,20 @@ def test_nothing_is_captured_while_a_pair_is_timed(unattended: bool, monkeypatch
         disable(target)
         release(target)
     assert (measured.result("engine").as_dict()["warm_up_steps"] == 0) == unattended
+
+
+def test_nothing_is_profiled_before_a_pair_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches may take longer from then on, most of all those of methods that capture nothing."""
+
+    def profiled(*_: object) -> None:
+        raise AssertionError("profiled")
+
+    monkeypatch.setattr(steps, "observe", profiled)
+    attempts, model = Attempts(math.inf), random_model(QUICK.models["0.6B"].shape, CPU, torch.float32)
+    made = pairs._own_steps(model, model, 1, 1e9, attempts)
+    assert [each["model"] for each in made] == ["draft", "target"] and attempts.failed == {}
+    names = [part.name for part in gpu_parts(FULL, CPU, torch.bfloat16)]
+    assert names.index("pair 0.6B/8B, batch 8") < min(names.index(name) for name in names if name.startswith("steps"))
 
 
 def test_a_width_that_no_draft_step_has_leaves_the_other_figures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,9 @@
 """What really ran, from torch's profiler: the attention, whether graphs were replayed, how long the device was busy.
 
 Nothing is asked of the code that is measured, so that it cannot say one thing and do another.
+
+From its first use on, it stays attached to the driver (CUPTI; on torch 2.11 unless TEARDOWN_CUPTI=1). That may make
+launches slower (pytorch issue 144455), most of all for who launches every kernel alone: contests come first.
 """
 
 from __future__ import annotations

@@ -98,13 +98,12 @@ def measure_pair(
 def _own_steps(
     draft: PreTrainedModel, target: PreTrainedModel, batch_size: int, bandwidth: float | None, attempt: Attempts
 ) -> list[Figures]:
-    """A step of each model, of one token a row, beside reading its weights once."""
+    """A step of each model, of one token a row, beside reading its weights once. None is profiled before a contest."""
     rows = random_rows(batch_size, STEP_PROMPT, target.config.get_text_config().vocab_size)
-    drafted = attempt("draft step", partial(draft_steps, draft, rows, batch_size, NUM_DRAFT_STEPS))
-    verified, _ = attempt("target steps", partial(target_steps, target, rows, (1,), NUM_TARGET_STEPS, attempt)) or (
-        [],
-        None,
-    )
+    draft_step = partial(draft_steps, draft, rows, batch_size, NUM_DRAFT_STEPS, watches=False)
+    target_step = partial(target_steps, target, rows, (1,), NUM_TARGET_STEPS, attempt, watches=False)
+    drafted = attempt("draft step", draft_step)
+    verified, _ = attempt("target steps", target_step) or ([], None)
     made = [("draft", draft, drafted), ("target", target, verified[0] if verified else None)]
     return [
         {"model": name, "seconds": step["seconds"], "bound_seconds": _bound_seconds(model, bandwidth)}

@@ -47,7 +47,13 @@ def make_lane(model: PreTrainedModel, compiles: bool = False) -> ModelLane:
 
 
 def draft_steps(
-    model: PreTrainedModel, rows: Rows, num_guesses: int, num_steps: int, per_launch: int = 1, compiles: bool = False
+    model: PreTrainedModel,
+    rows: Rows,
+    num_guesses: int,
+    num_steps: int,
+    per_launch: int = 1,
+    compiles: bool = False,
+    watches: bool = True,
 ) -> Figures:
     """Draft steps over so many guesses, of one request or more: their median time, in seconds, and how many there were.
 
@@ -59,6 +65,8 @@ def draft_steps(
         Steps that are launched together; the seconds are None where they cannot be.
     compiles : bool
         Whether what is captured is compiled.
+    watches : bool
+        Whether the last steps are profiled, see `observe`.
 
     Raises
     ------
@@ -83,9 +91,12 @@ def draft_steps(
             for request_id in range(len(rows)):
                 drafter.handle(Verdict(request_id, verdicts, best_line(drafter.token_tree(request_id))))
         num_before = len(drafter.timeline)
-        busy = observe(lambda: [drafter.step(per_launch) for _ in range(LAUNCHES_PER_VERDICT)], lane.device)
+        busy = None
+        if watches:
+            last = observe(lambda: [drafter.step(per_launch) for _ in range(LAUNCHES_PER_VERDICT)], lane.device)
+            busy = last.device_seconds
     watched = drafter.timeline[num_before:]
-    is_known = busy.device_seconds is not None and {each.num_guesses for each in watched} == {num_guesses}
+    is_known = busy is not None and {each.num_guesses for each in watched} == {num_guesses}
     wide = [step for step in made[LAUNCHES_PER_VERDICT:] if step.num_guesses == num_guesses]
     if not wide and per_launch == 1:
         raise RuntimeError(f"none of {len(drafter.timeline)} draft steps went over {num_guesses} guesses")
@@ -95,7 +106,7 @@ def draft_steps(
         "guesses": num_guesses,
         "per_launch": per_launch,
         "seconds": seconds,
-        "device_seconds": (busy.device_seconds or 0.0) / len(watched) if is_known else None,
+        "device_seconds": (busy or 0.0) / len(watched) if is_known else None,
         "num_steps": len(wide),
     }
 
@@ -141,8 +152,9 @@ def target_steps(
     num_runs: int,
     attempt: Attempts,
     compiles: bool = False,
+    watches: bool = True,
 ) -> tuple[list[Figures], Observed | None]:
-    """Median seconds of target forwards over so many tokens a row; and what ran in the smallest of them."""
+    """Median seconds of target forwards over so many tokens a row; and what ran in the smallest, if that is watched."""
     lane = make_lane(model, compiles)
     device = lane.device
     with lane.ready():
@@ -161,6 +173,8 @@ def target_steps(
             if seconds is not None
         ]
         least = min(num_tokens)
+        if not watches:
+            return figures, None
         return figures, attempt(f"what runs in a {name(least)}", partial(observe, step(least), device))
 
 

@@ -167,6 +167,7 @@ def simulated_name(pair: tuple[str, str]) -> str:
 def gpu_parts(extent: Extent, device: torch.device, dtype: torch.dtype) -> Iterator[Part]:
     """The parts, the most important first: what the goals are about, then the rest.
 
+    Small contests come before all steps, which are profiled: that may make later launches slower (`observing.py`).
     By what they say to take, the time of the command's default ends with attention; continuous batching, the rivals of
     the draft and compiled models are for a second run.
     """
@@ -174,10 +175,10 @@ def gpu_parts(extent: Extent, device: torch.device, dtype: torch.dtype) -> Itera
     first, *others = extent.pairs
     rival, *other_rivals = extent.rivals
     *small_batches, large_batch = extent.asked
-    for name in first:
-        yield _model_part(extent, name, device, dtype)
     for number, asked in enumerate(small_batches):
         yield _pair_part(extent, asked, device, dtype, 35.0 if number else 75.0)
+    for name in first:
+        yield _model_part(extent, name, device, dtype)
     for draft, _ in others:
         yield _model_part(extent, draft, device, dtype)
     yield _rival_part(extent, rival, STATIC, device, dtype)
