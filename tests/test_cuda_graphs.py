@@ -522,17 +522,26 @@ def test_sizes_are_those_that_the_documents_name(step: Bounds, expected: Bounds)
 @pytest.mark.cuda
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2"])
 def test_on_a_gpu_graphs_give_the_logits_of_plain_forwards(architecture: str, seed: int) -> None:
-    model = tiny_model(architecture, seed, dtype=torch.float32).to("cuda:0")
-    caches = [PagedPrefixCache(model.config, 64, device="cuda:0") for _ in range(2)]
-    runner = GraphRunner(model, caches[0], CudaCapture(torch.device("cuda:0")))
-    lanes = [ModelLane(model, cache, graphs=graphs) for cache, graphs in zip(caches, (runner, None), strict=True)]
-    chance = random.Random(seed)
-    with torch.cuda.stream(torch.cuda.Stream()), lanes[0].ready(), lanes[1].ready():
+    """As exactly as these: float32 itself is off by half of what is allowed here, in some of these models."""
+    models = [tiny_model(architecture, seed, dtype=dtype).to("cuda:0") for dtype in (torch.float32, torch.float64)]
+    caches = [PagedPrefixCache(model.config, 64, device="cuda:0") for model in (models[0], *models)]
+    runner = GraphRunner(models[0], caches[0], CudaCapture(torch.device("cuda:0")))
+    lanes = [
+        ModelLane(model, cache, graphs=graphs)
+        for model, cache, graphs in zip((models[0], *models), caches, (runner, None, None), strict=True)
+    ]
+    chance, errors = random.Random(seed), [0.0, 0.0]
+    with torch.cuda.stream(torch.cuda.Stream()), lanes[0].ready(), lanes[1].ready(), lanes[2].ready():
         for lane in lanes:
             lane.admit(0, (), 200), lane.admit(1, (), 200)
         for _ in range(20):
             windows = [Window(row, tuple(chance.choices(range(60), k=chance.choice([1, 3, 5]))), 1) for row in (0, 1)]
-            replayed, expected = (lane.forward(windows) for lane in lanes)
-            torch.testing.assert_close(replayed, expected, rtol=1e-4, atol=1e-4)
+            *found, exact = (lane.forward(windows).double() for lane in lanes)
+            allowed = 1e-4 + 1e-4 * exact.abs()
+            errors = [
+                max(worst, float(((each - exact).abs() / allowed).max()))
+                for worst, each in zip(errors, found, strict=True)
+            ]
+    assert errors[0] <= max(1.0, 2 * errors[1]) < 10.0, errors
     assert runner.num_replays == 19 and runner.can_use()
     runner.release()
