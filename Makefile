@@ -3,6 +3,7 @@
 #   PYTHON  the interpreter the environments are made from (3.10 or later)
 #   TORCH   what pip installs as torch, before anything else; any build of your own will do (OLDEST_TORCH: likewise)
 #   ARGS    passed on to the program that a target runs: make demo ARGS="--temperature 1"
+#   JOBS    how many tests run at a time; each may take two cores, and some start processes of their own
 #   SHARD   i/n: the i-th of n parts of `make test-all`, counted from 1
 
 PYTHON ?= python3
@@ -11,6 +12,7 @@ OLDEST_TORCH ?= torch==2.11.0
 OLDEST := transformers==5.17.0
 OLDEST_VERSIONS := torch 2.11 transformers 5.17
 ARGS ?=
+JOBS ?= 2
 SHARD ?=
 
 VENV := .venv
@@ -19,6 +21,7 @@ VENV_OLDEST := .venv-oldest
 named = .stamp-$(firstword $(shell printf '%s' '$(1)' | cksum))
 STAMP := $(call named,$(TORCH))
 STAMP_OLDEST := $(call named,$(OLDEST_TORCH) $(OLDEST))
+SIDE_BY_SIDE := -n $(JOBS) --dist worksteal
 FAST := -m "not slow and not cuda"
 
 .DEFAULT_GOAL := help
@@ -54,14 +57,14 @@ test: $(VENV)/$(STAMP) ## lint, types, and the tests of every change
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest $(FAST) $(ARGS)
+	$(VENV)/bin/python -m pytest $(SIDE_BY_SIDE) $(FAST) $(ARGS)
 
 test-all: $(VENV)/$(STAMP) ## every test, the big counts too; SHARD=i/n runs a part
-	HF_PEARL_SHARD=$(SHARD) $(VENV)/bin/python -m pytest $(ARGS)
+	HF_PEARL_SHARD=$(SHARD) $(VENV)/bin/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-oldest: $(VENV_OLDEST)/$(STAMP_OLDEST) ## the tests on the oldest torch and transformers that we support
 	@$(VENV_OLDEST)/bin/python -c "$$CHECK_VERSIONS" $(OLDEST_VERSIONS)
-	$(VENV_OLDEST)/bin/python -m pytest $(FAST) $(ARGS)
+	$(VENV_OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE) $(FAST) $(ARGS)
 
 format: $(VENV)/$(STAMP) ## sort imports, fix what can be fixed, lay out the code
 	$(VENV)/bin/ruff check --fix .

@@ -42,6 +42,7 @@ def cache_share(device: torch.device, models: Sequence[PreTrainedModel]) -> int:
         return memory_share(device)
     here = [model for model in models if device in devices_of(model)]
     peak = sum(_peak_forward_bytes(model, device) for model in here)
+    torch.cuda.empty_cache()  # What is kept for the stream of these forwards, no capture on a lane's could take.
     return max(0, int(CUDA_SHARE * (free_cuda_memory(device) - peak)))
 
 
