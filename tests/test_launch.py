@@ -51,6 +51,7 @@ from hf_pearl.parallel.ranks.child_ranks import ChildRanks
 from hf_pearl.parallel.ranks.lane import leader_of
 from hf_pearl.parallel.ranks.wire import RankModel
 from hf_pearl.parallel.workers.child_process import start_module
+from hf_pearl.registry import engine_for
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKSTEP = PearlConfig(draft_length=4, seed=7)  # waits for the draft, whose guesses then depend on no time
@@ -697,6 +698,21 @@ def test_a_lost_rank_of_the_draft_costs_no_token(
         (worker,) = set(psutil.Process().children()) - before
         processes = (worker, *worker.children())
     wait_for(lambda: all(is_gone(each.pid) for each in processes), "the end of the draft's ranks", 5.0)
+
+
+@pytest.mark.slow
+def test_a_rank_of_the_draft_that_is_killed_while_it_starts_is_started_anew(saved: Saved) -> None:
+    before = set(psutil.Process().children())
+    with saved.launch(2, 1) as pair:
+        pair.generate(**saved.inputs, max_new_tokens=2)  # It does not wait for the draft.
+        (worker,) = set(psutil.Process().children()) - before
+        wait_for(lambda: bool(worker.children()), "the draft's other rank", RUN_SECONDS)
+        worker.children()[0].kill()
+        first = engine_for(pair.target, pair.draft).workers.worker
+        wait_for(lambda: first is None or not first.is_alive, "the end of the draft's first rank", RUN_SECONDS)
+        output = generate(pair, saved.inputs)
+        assert output.sequences.tolist() == saved.expected().sequences.tolist()
+        assert output.pearl.execution == "processes" and output.pearl.accepted_tokens > 0
 
 
 @pytest.mark.slow
