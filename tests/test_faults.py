@@ -288,6 +288,24 @@ def test_a_worker_that_always_dies_is_not_started_for_ever(pair: Pair) -> None:
     assert pair.call("processes")[0].pearl.execution == "processes"
 
 
+def test_a_worker_that_is_stopped_while_it_starts_is_replaced(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one would start: who had stopped this one was not the model."""
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 0.8)
+    hf_pearl.release(pair.draft)
+    pair.call("processes", "auto")
+    stopped = pair.worker()
+    assert not stopped.is_ready
+    os.kill(stopped.process_id, signal.SIGSTOP)
+    deadline = time.monotonic() + START_SECONDS
+    while stopped.is_alive and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "has been stopped" in stopped.why_it_ended()
+    monkeypatch.undo()
+    output, warnings = pair.call("processes", "auto")
+    assert output.pearl.execution == "processes" and not warnings
+    assert pair.served() is not stopped
+
+
 def test_a_worker_that_runs_out_of_memory_is_survived(pair: Pair) -> None:
     """Its address space may not grow any more; memory may be missing anywhere, in the books of its cache too."""
     worker = pair.served()

@@ -41,6 +41,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 import hf_pearl
 from hf_pearl import LaunchedPair, PearlConfig, PearlUnsupportedModelError, PearlWorkerError
 from hf_pearl.benchmark.near_tie import first_difference, is_near_tie
+from hf_pearl.launching import launch as launching
 from hf_pearl.launching import rank_checks
 from hf_pearl.launching.rank_devices import first_devices
 from hf_pearl.pair import demo_pair_folder
@@ -51,6 +52,7 @@ from hf_pearl.parallel.ranks.child_ranks import ChildRanks
 from hf_pearl.parallel.ranks.lane import leader_of
 from hf_pearl.parallel.ranks.wire import RankModel
 from hf_pearl.parallel.workers.child_process import start_module
+from hf_pearl.registry import engine_for
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKSTEP = PearlConfig(draft_length=4, seed=7)  # waits for the draft, whose guesses then depend on no time
@@ -285,6 +287,7 @@ def test_what_a_part_cannot_do_is_refused(launched: LaunchedPair, saved: Saved) 
         ({"target": None}, TypeError, "`target` must be a folder or a name on the Hub, got None"),
         ({"target": 5}, TypeError, "`target` must be a folder or a name on the Hub, got 5"),
         ({"draft": 5}, TypeError, "`draft` must be a folder or a name on the Hub, got 5"),
+        ({"draft": ""}, ValueError, "`draft` must be a folder or a name on the Hub, got ''"),
         ({"target": "/no/such"}, ValueError, "`target` must be a folder, or a name .*reached, got '/no/such'"),
         ({"draft": "no/such-model"}, ValueError, "`draft` must be a folder, or a name .*reached, got 'no/such-model'"),
     ],
@@ -388,6 +391,28 @@ def test_a_model_that_cannot_be_cut_is_refused_before_anything_starts(part: str,
         hf_pearl.launch(**options, **{f"{part}_tp": 2})
     assert set(psutil.Process().children()) == before
     hf_pearl.launch(**options).close()  # In one piece it will do.
+
+
+@pytest.mark.parametrize("sizes", [{}, {"target_tp": 2}, {"draft_tp": 2}])
+def test_a_draft_with_another_vocabulary_is_refused_before_anything_is_loaded(
+    sizes: dict[str, int], saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama", 3, vocab_size=65 + 1024).save_pretrained(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.setattr(launching, "_hold", None)
+    with pytest.raises(ValueError, match=r"`draft` must have the vocabulary of `target`.*64 .*got .* 1089\. "):
+        hf_pearl.launch(saved.folders[0], tmp_path, **sizes)
+
+
+@pytest.mark.parametrize("part", ["target", "draft"])
+def test_a_model_that_pearl_cannot_run_is_refused_before_anything_is_loaded(
+    part: str, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    tiny_model("llama", 3, rope_parameters=rope).save_pretrained(tmp_path)
+    monkeypatch.setattr(launching, "_hold", None)
+    with pytest.raises(PearlUnsupportedModelError, match="rope_type 'dynamic'"):
+        hf_pearl.launch(**{"target": saved.folders[0], "draft": saved.folders[1], part: tmp_path})
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
@@ -697,6 +722,21 @@ def test_a_lost_rank_of_the_draft_costs_no_token(
         (worker,) = set(psutil.Process().children()) - before
         processes = (worker, *worker.children())
     wait_for(lambda: all(is_gone(each.pid) for each in processes), "the end of the draft's ranks", 5.0)
+
+
+@pytest.mark.slow
+def test_a_rank_of_the_draft_that_is_killed_while_it_starts_is_started_anew(saved: Saved) -> None:
+    before = set(psutil.Process().children())
+    with saved.launch(2, 1) as pair:
+        pair.generate(**saved.inputs, max_new_tokens=2)  # It does not wait for the draft.
+        (worker,) = set(psutil.Process().children()) - before
+        wait_for(lambda: bool(worker.children()), "the draft's other rank", RUN_SECONDS)
+        worker.children()[0].kill()
+        first = engine_for(pair.target, pair.draft).workers.worker
+        wait_for(lambda: first is None or not first.is_alive, "the end of the draft's first rank", RUN_SECONDS)
+        output = generate(pair, saved.inputs)
+        assert output.sequences.tolist() == saved.expected().sequences.tolist()
+        assert output.pearl.execution == "processes" and output.pearl.accepted_tokens > 0
 
 
 @pytest.mark.slow

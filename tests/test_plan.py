@@ -376,6 +376,12 @@ def test_a_folder_where_weights_belong_is_refused_by_name(tmp_path: Path) -> Non
         plan(DEMO / "target", tmp_path)
 
 
+def test_a_file_is_refused_by_name() -> None:
+    for source in (DEMO / "draft" / "config.json", str(DEMO / "draft" / "model.safetensors")):
+        with pytest.raises(ValueError, match=r"`draft` must be a folder .*got the file '.*'\. Name its folder"):
+            plan(DEMO / "target", source)
+
+
 def test_a_draft_with_another_vocabulary_is_refused(seed: int, tmp_path: Path) -> None:
     target, padded, other = (tiny_model("llama", seed, vocab_size=size) for size in (64, 64 + 1024, 65 + 1024))
     other.save_pretrained(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..cache.support import check_supported
 from ..device_arguments import one_device, present
 from ..errors import PearlUnsupportedModelError, first_line
 from ..pair import default_device
@@ -17,11 +18,13 @@ from ..planning.unloaded import check_dtype, unloaded
 
 
 def check_sources(target: Any, draft: Any) -> None:
-    """Raise `TypeError` for what is neither a folder nor a name; there need not be a draft."""
+    """Raise `TypeError` or `ValueError` for what is neither a folder nor a name; there need not be a draft."""
     for argument, source in (("target", target), ("draft", draft)):
         is_left_out = source is None and argument == "draft"
         if not isinstance(source, (str, Path)) and not is_left_out:
             raise _no_source(argument, source)
+        if source == "":  # As a path it would be the working directory.
+            raise ValueError(f"`{argument}` must be a folder or a name on the Hub, got ''.")
 
 
 def _no_source(argument: str, source: Any) -> TypeError:
@@ -76,8 +79,8 @@ def checked_folder(argument: str, source: str | Path) -> Path:
         ) from error
 
 
-def check_model(argument: str, folder: Path, dtype: torch.dtype, size: int) -> None:
-    """Raise for a folder whose model cannot be loaded on `size` ranks; only the heads of its files are read.
+def checked_model(argument: str, folder: Path, dtype: torch.dtype, size: int) -> PreTrainedModel:
+    """The structure of a folder's model, which can be loaded on `size` ranks; only the heads of its files are read.
 
     Parameters
     ----------
@@ -89,11 +92,13 @@ def check_model(argument: str, folder: Path, dtype: torch.dtype, size: int) -> N
     ValueError
         It holds no causal language model of transformers, or files that are not what their names say.
     PearlUnsupportedModelError
-        The model cannot be cut.
+        The model cannot be cut, or PEARL cannot run it.
     """
     model = unloaded(argument, folder, dtype).model
+    check_supported(model)
     if size > 1:
         try:
             make_plan(model, 0, size)
         except PearlUnsupportedModelError as error:
             raise PearlUnsupportedModelError(f"`{argument}_tp` is {size}, and {error}") from error
+    return model

@@ -13,7 +13,8 @@ from ..parallel.cores import available_cores
 from ..parallel.ranks.models import close_ranks, load_first_part, stand_in
 from ..parallel.ranks.wire import RankModel
 from ..parallel.ranks.world import in_world
-from .checks import check_model, check_sources, checked_device, checked_dtype, checked_folder
+from ..vocabularies import check_vocabularies
+from .checks import check_sources, checked_device, checked_dtype, checked_folder, checked_model
 from .launched_pair import LaunchedPair
 from .rank_checks import check_ranks, check_sizes
 from .rank_devices import first_devices
@@ -56,13 +57,13 @@ def launch(
     Raises
     ------
     TypeError, ValueError
-        An argument that makes no sense, a model or a device that is not there, or files that hold no weights; another
-        number of ranks than `torchrun` has started.
+        An argument that makes no sense, a model or a device that is not there, or files that hold no weights; a draft
+        with another vocabulary; another number of ranks than `torchrun` has started.
     FileNotFoundError
         There are no weights in safetensors.
     NotImplementedError
         Several ranks (under `torchrun`: a draft) on another system than Linux; several in a frozen app, or on devices
-        that are neither CPUs nor CUDA's; or several of a target or a draft that cannot be cut
+        that are neither CPUs nor CUDA's; a model that PEARL cannot run, or several ranks of one that cannot be cut
         (`PearlUnsupportedModelError`).
     PearlWorkerError
         A rank could not be started.
@@ -75,8 +76,11 @@ def launch(
     check_ranks(device, target_tp, draft_ranks)
     first, draft_first = first_devices(device, target_tp, draft_ranks)
     num_threads = _threads_per_rank(target_tp + draft_ranks)
-    target_model = _rank_model(target, dtype, "target", target_tp, num_threads, first)
-    draft_model = None if draft is None else _rank_model(draft, dtype, "draft", draft_tp, num_threads, draft_first)
+    target_model, structure = _rank_model(target, dtype, "target", target_tp, num_threads, first)
+    draft_model = None
+    if draft is not None:
+        draft_model, draft_structure = _rank_model(draft, dtype, "draft", draft_tp, num_threads, draft_first)
+        check_vocabularies(structure, draft_structure)
     if in_world():
         return WorldPair(target_model, draft_model, device)
     return _hold(target_model, draft_model)
@@ -89,10 +93,11 @@ def _threads_per_rank(num_ranks: int) -> int:
 
 def _rank_model(
     name: str | Path, dtype: torch.dtype, lane: str, size: int, num_threads: int, device: torch.device
-) -> RankModel:
+) -> tuple[RankModel, PreTrainedModel]:
+    """What its ranks are to load, and the model's structure."""
     folder = checked_folder(lane, name)  # Whatever is downloaded, this process does it, once.
-    check_model(lane, folder, dtype, size)
-    return RankModel(str(folder), str(dtype).removeprefix("torch."), lane, size, num_threads, str(device))
+    structure = checked_model(lane, folder, dtype, size)
+    return RankModel(str(folder), str(dtype).removeprefix("torch."), lane, size, num_threads, str(device)), structure
 
 
 def _hold(target: RankModel, draft: RankModel | None) -> LaunchedPair:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,10 @@ def unloaded(argument: str, source: str | Path, dtype: torch.dtype | None) -> Un
         There is no such model, it cannot be reached, it is no causal language model of transformers, or a file of it
         is not what its name says.
     """
+    if os.path.isfile(source):  # transformers would take it for the configuration, and nobody knows the weights.
+        raise ValueError(
+            f"`{argument}` must be a folder or a name on the Hub, got the file {str(source)!r}. Name its folder."
+        )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # Where the file is odd, whatever transformers stumbles over.

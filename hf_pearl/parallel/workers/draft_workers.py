@@ -187,8 +187,8 @@ class DraftWorker:
 class DraftWorkers:
     """One engine's draft worker: started when a call first wants it, replaced when it failed, ended with the engine.
 
-    A worker that failed by itself before it was ready is not tried again, nor is one that failed `MAX_FAILURES` times
-    without having served a call between; threads serve.
+    A worker that failed by itself before it was ready is not tried again (over several ranks it is: another rank may
+    have been killed), nor is one that failed `MAX_FAILURES` times without having served a call between; threads serve.
     """
 
     def __init__(self) -> None:
@@ -266,7 +266,7 @@ class DraftWorkers:
             self._num_failures = 0
         if worker.is_alive:
             return
-        self._num_failures += MAX_FAILURES if worker.could_not_start else 1
+        self._num_failures += MAX_FAILURES if worker.could_not_start and not is_elsewhere else 1
         if self._num_failures >= MAX_FAILURES:
             what = "The draft runs no more" if is_elsewhere else "A thread serves instead of the draft model's process"
             logger.warning(f"{what}: {worker.why_it_ended()}")

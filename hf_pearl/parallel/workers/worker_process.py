@@ -51,7 +51,7 @@ class WorkerProcess:
         self._shared: list[SharedStorage] = []
         self._cancelled = threading.Event()
         self._failure = ""
-        self._is_lost = False
+        self._is_lost = self._was_stopped = False
         self._status: tuple[bytes, Status] | None = None
         self._started = time.perf_counter()
         self._signs = heartbeat.Signs()
@@ -133,6 +133,7 @@ class WorkerProcess:
             if time.perf_counter() - self._started > START_SECONDS:
                 self.give_up(f"it was not ready within {START_SECONDS:.0f} s")
             elif missing := self._signs.missing_at_start(self._process.pid):
+                self._was_stopped = True
                 self.give_up(missing)
         elif missing := self._signs.missing(control):
             self.give_up(missing)
@@ -163,9 +164,9 @@ class WorkerProcess:
 
     @property
     def has_failed_by_itself(self) -> bool:
-        """Whether it was given up, or has ended without a signal from outside."""
+        """Whether it was given up, or has ended, without a signal from outside."""
         code = self._process.poll()
-        return bool(self._failure) or (code is not None and code >= 0)
+        return not self._was_stopped and (bool(self._failure) or (code is not None and code >= 0))
 
     @property
     def process_id(self) -> int:
