@@ -9,6 +9,8 @@ import copy
 import functools
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import FAMILIES, Family, build
-from models import enabled_for_tiny_models
+from models import enabled_for_tiny_models, tiny_model
 from ranks import Ranks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -408,6 +410,51 @@ def test_a_rank_reads_what_it_keeps_and_nothing_else(part: str, count_bytes: Cal
             assert count_bytes() == expected < 1.5 * num_bytes / size
             num_read += expected
         assert num_bytes < num_read < 1.2 * num_bytes  # norms, and copies of key-value heads, are read more than once
+
+
+LOAD_IN_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+import torch
+from hf_pearl.parallel.tensor_parallel import load_shard
+torch.set_num_threads(1)
+folder, size, dtype, room = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]), int(sys.argv[4])
+load_shard(sys.argv[5], 0, size, torch.clone, torch.clone)  # Whatever is imported and kept is there then.
+status = Path("/proc/self/status").read_text()
+now = 1024 * int(status.partition("VmData:")[2].split()[0])
+resource.setrlimit(resource.RLIMIT_DATA, (now + room, now + room))
+load_shard(folder, 0, size, torch.clone, torch.clone, dtype=dtype)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such limit")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_needs_the_memory_of_its_part_and_of_one_slice(size: int, dtype: str, tmp_path: Path) -> None:
+    """A limit of the system's on private memory: with that it loads, with three quarters of its part it does not.
+
+    The file is mapped, privately (what the limit counts), and only read: its pages are the system's to take back.
+    """
+    model = tiny_model("llama", 1, hidden_size=512, intermediate_size=4096, num_hidden_layers=4, vocab_size=8192)
+    model = model.float()
+    model.save_pretrained(tmp_path)
+    part = load_shard(tmp_path, 0, size, torch.clone, torch.clone, dtype=getattr(torch, dtype))
+    kept = sum(weight.nbytes for weight in part.parameters())
+    one_slice = 4 * max(weight.numel() for weight in part.parameters())
+    mapped, slack = (tmp_path / "model.safetensors").stat().st_size, 2 * 2**20
+
+    def loads(room: int) -> bool:
+        arguments = (str(tmp_path), str(size), dtype, str(mapped + room), str(demo_pair_folder() / "draft"))
+        child = subprocess.run(
+            [sys.executable, "-c", LOAD_IN_LITTLE_MEMORY, *arguments], capture_output=True, text=True, timeout=300
+        )
+        assert child.returncode == 0 or "memory" in child.stderr, child.stderr
+        return child.returncode == 0
+
+    assert kept > 10 * slack
+    assert loads(kept + one_slice + slack)
+    assert not loads(kept * 3 // 4)
 
 
 def test_weights_that_are_missing_or_of_another_shape_are_named(tmp_path: Path) -> None:
