@@ -251,7 +251,11 @@ def test_on_a_gpu_tokens_are_those_of_generate_but_for_near_ties() -> None:
     target = tiny_model("qwen3", 9, dtype=torch.float32).to("cuda")
     prompts = {name: each.to("cuda") for name, each in random_prompts(random.Random(9), 2, [6, 9]).items()}
     config = PearlConfig(attention="triton", compile=True, execution="inline")
+    draft = noisy_copy(target, 0.02, 9)
     for _ in range(3):  # What comes for the second time is captured.
-        _, output = assert_equal(target, noisy_copy(target, 0.02, 9), prompts, config, max_new_tokens=16)
+        _, output = assert_equal(target, draft, prompts, config, max_new_tokens=16)
     assert output.pearl.accepted_tokens > 0
+    (engine,) = engines_of(draft)
+    runner = engine.graphs.runner("target", target, engine.caches["target"], True)
+    assert runner is not None and runner.num_replays > 0 and runner.body.is_compiled
     hf_pearl.release(target)
