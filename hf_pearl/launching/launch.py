@@ -62,17 +62,15 @@ def launch(
     FileNotFoundError
         There are no weights in safetensors.
     NotImplementedError
-        Several ranks (under `torchrun`: a draft) on another system than Linux; several in a frozen app, or on devices
-        that are neither CPUs nor CUDA's; a model that PEARL cannot run, or several ranks of one that cannot be cut
-        (`PearlUnsupportedModelError`).
+        Several ranks (under `torchrun`: a draft) on another system than Linux, in a frozen app, or on devices that are
+        neither CPUs nor CUDA's; a model that PEARL cannot run, or not cut (`PearlUnsupportedModelError`).
     PearlWorkerError
         A rank could not be started.
     """
     check_sources(target, draft)
     check_sizes(target_tp, draft_tp, draft is not None)
     device = checked_device(device)
-    dtype = checked_dtype(dtype, device)
-    draft_ranks = 0 if draft is None else draft_tp
+    dtype, draft_ranks = checked_dtype(dtype, device), 0 if draft is None else draft_tp
     check_ranks(device, target_tp, draft_ranks)
     first, draft_first = first_devices(device, target_tp, draft_ranks)
     num_threads = _threads_per_rank(target_tp + draft_ranks)
@@ -81,9 +79,7 @@ def launch(
     if draft is not None:
         draft_model, draft_structure = _rank_model(draft, dtype, "draft", draft_tp, num_threads, draft_first)
         check_vocabularies(structure, draft_structure)
-    if in_world():
-        return WorldPair(target_model, draft_model, device)
-    return _hold(target_model, draft_model)
+    return WorldPair(target_model, draft_model, device) if in_world() else _hold(target_model, draft_model)
 
 
 def _threads_per_rank(num_ranks: int) -> int:

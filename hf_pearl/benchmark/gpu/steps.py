@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from ...cache import PagedPrefixCache
 from ...decoding.calibration import Calibration
 from ...decoding.drafting import Drafter
-from ...decoding.messages import Admission, TokenTree, Verdict, Window
+from ...decoding.messages import Admission, DraftStep, TokenTree, Verdict, Window
 from ...decoding.proposal import Proposer
 from ...model_devices import input_device
 from ...parallel.graphs.cuda_graphs import make_runner
@@ -44,6 +44,24 @@ def make_lane(model: PreTrainedModel, compiles: bool = False) -> ModelLane:
     """A lane as the engine makes it, with a cache of its own, in which nothing is found again."""
     cache = PagedPrefixCache(model.config, device=input_device(model))
     return ModelLane(model, cache, prefix_cache=False, graphs=make_runner(model, cache, compiles))
+
+
+def _launched(drafter: Drafter, rows: Rows, num_steps: int, per_launch: int) -> list[DraftStep]:
+    """Admit the rows and draft, with a verdict now and then: the steps of launches that had as many as were asked."""
+    made: list[DraftStep] = []
+    for request_id, token_ids in enumerate(rows):
+        drafter.handle(Admission(request_id, tuple(token_ids), len(token_ids) + ROOM, 0, None))
+    verdicts = 0
+    while len(drafter.timeline) < num_steps and verdicts * MAX_STOOD < ROOM - MAX_STOOD:
+        for _ in range(LAUNCHES_PER_VERDICT):
+            num_before = len(drafter.timeline)
+            drafter.step(per_launch)
+            launched = drafter.timeline[num_before:]
+            made += launched if len(launched) == per_launch else []
+        verdicts += 1
+        for request_id in range(len(rows)):
+            drafter.handle(Verdict(request_id, verdicts, best_line(drafter.token_tree(request_id))))
+    return made
 
 
 def draft_steps(
@@ -77,19 +95,8 @@ def draft_steps(
     drafter = WideDrafter(
         lane, Proposer(output_vocab_size(model), LogitsProcessorList()), Calibration(), max_width=num_guesses
     )
-    made, verdicts = [], 0
     with lane.ready():
-        for request_id, token_ids in enumerate(rows):
-            drafter.handle(Admission(request_id, tuple(token_ids), len(token_ids) + ROOM, 0, None))
-        while len(drafter.timeline) < num_steps and verdicts * MAX_STOOD < ROOM - MAX_STOOD:
-            for _ in range(LAUNCHES_PER_VERDICT):
-                num_before = len(drafter.timeline)
-                drafter.step(per_launch)
-                launched = drafter.timeline[num_before:]
-                made += launched if len(launched) == per_launch else []
-            verdicts += 1
-            for request_id in range(len(rows)):
-                drafter.handle(Verdict(request_id, verdicts, best_line(drafter.token_tree(request_id))))
+        made = _launched(drafter, rows, num_steps, per_launch)
         num_before = len(drafter.timeline)
         busy = None
         if watches:
