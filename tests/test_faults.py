@@ -11,12 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hanging import SLOW_SECONDS, make_hanging
 from models import (
     assert_nothing_held,
@@ -27,9 +29,11 @@ from models import (
     random_prompts,
     tiny_model,
 )
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 import hf_pearl
 from hf_pearl import PearlConfig
+from hf_pearl.decoding.drafting import Drafter
 from hf_pearl.engine import PearlEngine
 from hf_pearl.interrupts import KeptInterrupts
 from hf_pearl.parallel import heartbeat
@@ -152,6 +156,14 @@ def test_of_a_rank_only_what_it_does_while_it_is_waited_for_counts() -> None:
 HANGS = {"stopped": "no sign of life", "hold": "no sign of life", "loop": "stands still", "sleep": "stands still"}
 
 
+def wait_for_threads() -> None:
+    """Until no draft lane's thread is left: one that was left behind ends when it can."""
+    deadline = time.monotonic() + START_SECONDS
+    while any(each.name == "hf_pearl draft lane" for each in threading.enumerate()):
+        assert time.monotonic() < deadline, "a thread has not ended"
+        time.sleep(0.01)
+
+
 def hang(pair: Pair, how: str, execution: str, draft_length: int | str) -> None:
     """Bring the lane to stand before a call or in its midst; the call must be right, and say so."""
     if execution == "processes":
@@ -172,6 +184,7 @@ def hang(pair: Pair, how: str, execution: str, draft_length: int | str) -> None:
     assert not warnings
     if execution == "threads":
         assert again.pearl.draft_steps > 0
+        wait_for_threads()  # before the file says something else, which would hold it again
 
 
 @pytest.fixture
@@ -193,6 +206,30 @@ def test_a_lane_that_stands_still_is_left_behind_and_replaced(
 @pytest.mark.usefixtures("short_deadlines")
 def test_a_worker_that_stands_still_in_a_forward_is_replaced(pair: Pair) -> None:
     hang(pair, "loop", "processes", 4)
+
+
+@pytest.mark.usefixtures("short_deadlines")
+@pytest.mark.parametrize("draft_length", ["auto", 4])
+def test_a_thread_that_was_left_behind_ends_with_its_step(
+    draft_length: int | str, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it was asked for: nobody waits for it, and it would take time and memory of those who go on."""
+    num_steps, step = 0, Drafter.step
+
+    def counted(drafter: Drafter, most: int = 1) -> Any:
+        nonlocal num_steps
+        num_steps += 1
+        return step(drafter, most)
+
+    monkeypatch.setattr(Drafter, "step", counted)
+    pair.trigger.write_text("sleep")
+    try:
+        pair.call("threads", draft_length)
+        before = num_steps
+    finally:
+        pair.trigger.unlink()
+    wait_for_threads()
+    assert num_steps == before > 0
 
 
 @pytest.mark.slow
@@ -390,6 +427,34 @@ def test_set_up_and_clear_up_are_whole_whenever_an_interrupt_comes(
     assert not warnings and output.pearl.draft_steps > 0
     if execution == "processes":
         assert pair.worker() is worker
+
+
+class ThreadWatch(StoppingCriteria):
+    """Notes who would get an interrupt while the weak references of a draft lane's thread are told of its end."""
+
+    def __init__(self) -> None:
+        self.handlers: list[Any] = []
+        self._references: dict[int, weakref.ref[threading.Thread]] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        for each in threading.enumerate():
+            if each.name == "hf_pearl draft lane" and id(each) not in self._references:
+                self._references[id(each)] = weakref.ref(each, self._note)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def _note(self, reference: weakref.ref[threading.Thread]) -> None:
+        self.handlers.append(signal.getsignal(signal.SIGINT))
+
+
+@pytest.mark.parametrize("draft_length", ["auto", 4])
+def test_a_thread_goes_where_interrupts_are_kept(draft_length: int | str, pair: Pair) -> None:
+    """Python itself has a weak reference to every thread, and drops an interrupt that is raised while that is told."""
+    watch = ThreadWatch()
+    config = PearlConfig(execution="threads", draft_length=draft_length)
+    options = {**pair.inputs, **OPTIONS, "assistant_model": pair.draft, "pearl": config}
+    pair.target.generate(**options, stopping_criteria=StoppingCriteriaList([watch]))
+    (handler,) = watch.handlers
+    assert isinstance(getattr(handler, "__self__", None), KeptInterrupts), handler
 
 
 def interrupt(number: int, seed: int) -> dict[str, Any]:

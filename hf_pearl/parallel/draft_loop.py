@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 from ..decoding.drafting import Drafter
@@ -29,28 +30,26 @@ class Inbox(Protocol):
 def run_draft_loop(
     drafter: Drafter, inbox: Inbox, publish: Callable[[list[TokenTree]], None], free_running: bool
 ) -> None:
-    """Draft until the call ends.
+    """Draft until the call ends, which `inbox` or `publish` says.
 
     Free-running: hear everything, make a step, or a chain of a few, if any guess may grow and nobody wants rest, else
     wait for a message. In lockstep and sequential schedules a grant is used up before the next message is heard, so
     that nothing depends on timing.
     """
-    granted, is_resting = 0, False
-    while True:
-        while not granted:
-            idle = is_resting or not free_running or not drafter.has_work()
-            try:
+    with suppress(EndOfCall):
+        granted, is_resting = 0, False
+        while True:
+            while not granted:
+                idle = is_resting or not free_running or not drafter.has_work()
                 message = inbox.get(block=idle)
-            except EndOfCall:
-                return
-            if message is None:
-                break
-            if isinstance(message, Grant):
-                granted += message.num_steps
-            elif isinstance(message, Rest):
-                is_resting = message.is_resting
-            else:
-                drafter.handle(message)
-        before = drafter.num_steps
-        publish(drafter.step(granted or drafter.num_unheard))
-        granted = max(0, granted - (drafter.num_steps - before))
+                if message is None:
+                    break
+                if isinstance(message, Grant):
+                    granted += message.num_steps
+                elif isinstance(message, Rest):
+                    is_resting = message.is_resting
+                else:
+                    drafter.handle(message)
+            before = drafter.num_steps
+            publish(drafter.step(granted or drafter.num_unheard))
+            granted = max(0, granted - (drafter.num_steps - before))

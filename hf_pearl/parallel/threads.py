@@ -27,9 +27,11 @@ class _QueueInbox:
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue[Admission | Verdict | Removal | Grant | Rest | None] = queue.SimpleQueue()
         self.num_looks = 0
+        self.is_left_behind = False  # Nobody wants what the queue still asks for.
 
     def get(self, block: bool) -> Admission | Verdict | Removal | Grant | Rest | None:
         while True:
+            self.check()
             self.num_looks += 1
             try:
                 message = self.queue.get(block, heartbeat.LOOK_SECONDS)
@@ -40,6 +42,11 @@ class _QueueInbox:
             if message is None:
                 raise EndOfCall
             return message
+
+    def check(self) -> None:
+        """Raise `EndOfCall` where the call has gone on without this lane."""
+        if self.is_left_behind:
+            raise EndOfCall
 
 
 class ThreadDraft:
@@ -67,7 +74,9 @@ class ThreadDraft:
         self._error: BaseException | None = None
         self._has_ended = False
         self._stream = LaneStream(lane.device, is_urgent=True)
-        self._thread = threading.Thread(target=self._run, args=(free_running,), name="hf_pearl draft lane", daemon=True)
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._run, args=(free_running,), name="hf_pearl draft lane", daemon=True
+        )
         self._thread.start()
 
     def _run(self, free_running: bool) -> None:
@@ -81,6 +90,7 @@ class ThreadDraft:
             self._step_done.notify_all()
 
     def _publish(self, trees: list[TokenTree]) -> None:
+        self._inbox.check()
         with self._step_done:
             for tree in trees:
                 self._trees[tree.request_id] = tree
@@ -150,16 +160,28 @@ class ThreadDraft:
 
     def finish(self) -> DraftReport:
         """End the call; say what the draft did."""
-        self.abort()
+        self._join()
         return self._drafter.report()
 
     def abort(self) -> None:
-        """End the call in whatever state it is; harmless to repeat."""
+        """End the call in whatever state it is; harmless to repeat.
+
+        The thread's object goes here, where interrupts are kept: Python tells a weak reference of its own of that, and
+        an interrupt that is raised in there is lost.
+        """
+        self._join()
+        self._thread = None
+
+    def _join(self) -> None:
+        if self._thread is None:
+            return
         self._inbox.queue.put(None)
         self._thread.join(POLL_SECONDS)
         while self._thread.is_alive() and not (self._stands_still() or self._is_hurried()):
             self._thread.join(POLL_SECONDS)
         if not self._thread.is_alive():
             self._stream.join()
-        elif self._error is None:
+            return
+        self._inbox.is_left_behind = True  # It ends with the step that it is in, should that ever end.
+        if self._error is None:
             self._error = PearlWorkerError(f"draft lane, step {self._num_steps}: it was left behind by an interrupt")
