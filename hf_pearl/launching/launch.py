@@ -50,10 +50,6 @@ def launch(
         Where both models go; by default a CUDA device if there is one (under `torchrun` each rank's own), else the CPU.
         Of several ranks on GPUs each has its own: the target's from this one on, then the draft's.
 
-    Returns
-    -------
-    LaunchedPair
-
     Raises
     ------
     TypeError, ValueError
@@ -70,7 +66,8 @@ def launch(
     check_sources(target, draft)
     check_sizes(target_tp, draft_tp, draft is not None)
     device = checked_device(device)
-    dtype, draft_ranks = checked_dtype(dtype, device), 0 if draft is None else draft_tp
+    dtype = checked_dtype(dtype, device)
+    draft_ranks = 0 if draft is None else draft_tp
     check_ranks(device, target_tp, draft_ranks)
     first, draft_first = first_devices(device, target_tp, draft_ranks)
     num_threads = _threads_per_rank(target_tp + draft_ranks)
@@ -79,7 +76,9 @@ def launch(
     if draft is not None:
         draft_model, draft_structure = _rank_model(draft, dtype, "draft", draft_tp, num_threads, draft_first)
         check_vocabularies(structure, draft_structure)
-    return WorldPair(target_model, draft_model, device) if in_world() else _hold(target_model, draft_model)
+    if in_world():
+        return WorldPair(target_model, draft_model, device)
+    return _hold(target_model, draft_model)
 
 
 def _threads_per_rank(num_ranks: int) -> int:

@@ -54,16 +54,18 @@ class WorldPair(LaunchedPair):
         # Collective: every rank makes every group, in this order.
         everyone = new_group(backend="gloo")
         target_groups = LaneGroups("target", 0, target.size)
-        draft_groups = None if draft is None else LaneGroups("draft", target.size, draft.size)
-        pair_group = None if draft is None else new_group([0, target.size], backend="gloo")
-        if dist.get_rank() in (0, target.size) and pair_group is not None:
-            self._pair = Audience(pair_group, 0)
-        for groups in (target_groups, draft_groups):
-            if groups is not None and groups.is_member and groups.size > 1:
+        lanes, pair_group = [target_groups], None
+        if draft is not None:
+            lanes.append(LaneGroups("draft", target.size, draft.size))
+            pair_group = new_group([0, target.size], backend="gloo")
+            if dist.get_rank() in (0, target.size):
+                self._pair = Audience(pair_group, 0)
+        for groups in lanes:
+            if groups.is_member and groups.size > 1:
                 self._lanes.append(Audience(groups.words, groups.first))
         held_target, held_draft = self._hold(target, target_groups), None
-        if draft is not None and draft_groups is not None and pair_group is not None:
-            held_draft = self._hold(draft, draft_groups)
+        if draft is not None and pair_group is not None:
+            held_draft = self._hold(draft, lanes[1])
             if dist.get_rank() == 0:
                 self._link = LinkedDraft(pair_group, target.size)
                 link(held_draft, self._link)

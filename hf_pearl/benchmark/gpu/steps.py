@@ -103,7 +103,8 @@ def draft_steps(
             last = observe(lambda: [drafter.step(per_launch) for _ in range(LAUNCHES_PER_VERDICT)], lane.device)
             busy = last.device_seconds
     watched = drafter.timeline[num_before:]
-    is_known = busy is not None and {each.num_guesses for each in watched} == {num_guesses}
+    if busy is not None:
+        busy = busy / len(watched) if {each.num_guesses for each in watched} == {num_guesses} else None
     wide = [step for step in made[LAUNCHES_PER_VERDICT:] if step.num_guesses == num_guesses]
     if not wide and per_launch == 1:
         raise RuntimeError(f"none of {len(drafter.timeline)} draft steps went over {num_guesses} guesses")
@@ -113,7 +114,7 @@ def draft_steps(
         "guesses": num_guesses,
         "per_launch": per_launch,
         "seconds": seconds,
-        "device_seconds": (busy or 0.0) / len(watched) if is_known else None,
+        "device_seconds": busy,
         "num_steps": len(wide),
     }
 
