@@ -22,7 +22,7 @@ from hf_pearl import pair
 from hf_pearl.__main__ import main
 from hf_pearl.benchmark import DEMO, Workload, complete, first_difference, is_near_tie
 from hf_pearl.benchmark.methods import SEQUENTIAL, Setting
-from hf_pearl.benchmark.near_tie import window_logits
+from hf_pearl.benchmark.near_tie import WINDOWS, window_logits
 from hf_pearl.commands.command_line import add_workload_options, load_prompts, read_prompts
 from hf_pearl.streaming import DRAFTED, PLAIN, VerifiedStreamer
 
@@ -312,3 +312,14 @@ def test_a_first_difference_is_a_near_tie_only_where_rounding_may_decide() -> No
     assert not is_near_tie(target, prompt, expected, expected[:place])
     assert first_difference(expected, expected[:place]) == place
     assert first_difference(expected, list(expected)) is None
+
+
+@pytest.mark.parametrize(("length", "num_prompt_tokens", "num_rows"), [(90, 88, 65), (90, 10, 81), (20, 18, 20)])
+def test_the_largest_change_is_that_of_many_tokens_wherever_the_prompt_ends(
+    length: int, num_prompt_tokens: int, num_rows: int
+) -> None:
+    """Of a few, none may happen to change: then two tokens that rounding does exchange would seem far apart."""
+    target, ids = tiny_model("llama", 4, dtype=torch.float64), torch.arange(3, 3 + length)[None] % 50
+    logits = target(ids).logits[0, -num_rows:].float()
+    for window in WINDOWS:
+        torch.testing.assert_close(window_logits(target, ids, num_prompt_tokens, window), logits)
