@@ -33,6 +33,14 @@ def input_device(model: Any) -> torch.device:
     return device if device != _NOWHERE else _hook_device(model) or _HOST
 
 
+def is_loaded(model: Any) -> bool:
+    """Whether its weights are somewhere, as those of its embeddings tell: on a device, or where a hook gets them."""
+    embeddings = model.get_input_embeddings()
+    if embeddings.weight.device != _NOWHERE:
+        return True
+    return _hook_device(embeddings) is not None or _hook_device(model) is not None
+
+
 def layer_devices(model: Any) -> list[torch.device]:
     """Where keys and values of every layer come from, in the order of `layer_idx`; several may share a device."""
     found: dict[int, torch.device] = {}

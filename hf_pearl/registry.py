@@ -14,7 +14,7 @@ from .config import PearlConfig
 from .engine import PearlEngine
 from .forks import in_forked_children
 from .models import generative_model
-from .parallel.placement import move, put_back, wanted_moves
+from .parallel.placement import check_loaded, move, put_back, wanted_moves
 
 logger = logging.get_logger(__name__)
 
@@ -84,8 +84,9 @@ def place(target: PreTrainedModel, draft: PreTrainedModel | None, config: PearlC
     Raises
     ------
     ValueError
-        A device that is not there or has no room, or a model that must not be moved.
+        A device that is not there or has no room, or a model that has no weights, or must not be moved.
     """
+    check_loaded(target, draft)
     for model, devices, why in wanted_moves(target, draft, config):
         logger.info(f"{type(model).__name__} moves to {', '.join(map(str, devices))}: {why}.")
         with ExitStack() as calls:

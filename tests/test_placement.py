@@ -307,6 +307,15 @@ def test_a_model_that_must_not_be_moved_is_left_and_an_order_to_is_refused(
             placement.wanted_moves(*pair, PearlConfig(**{name: "cuda:0"}))
 
 
+@pytest.mark.parametrize("which", ["target", "assistant_model"])
+def test_a_model_without_weights_is_refused_by_name(which: str, seed: int) -> None:
+    target = tiny_model("llama", seed)
+    empty = copy.deepcopy(target).to("meta")
+    pair = (empty, target) if which == "target" else (target, empty)
+    with pytest.raises(ValueError, match=f"{which}.* has no weights: they lie on the meta device.*from_pretrained"):
+        pair[0].generate(torch.tensor([[5, 6]]), assistant_model=pair[1], pearl=True, max_new_tokens=3)
+
+
 def test_where_a_dispatched_model_computes(tmp_path: Path, seed: int) -> None:
     model = tiny_model("llama", seed, num_hidden_layers=3)
     assert (input_device(model), layer_devices(model), devices_of(model)) == (CPU, [CPU] * 3, [CPU])

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from ..compat import keys_left_in_place, modules_not_to_split
 from ..config import PearlConfig
 from ..device_arguments import named_devices, present
-from ..model_devices import devices_of, input_device, is_dispatched, is_offloaded
+from ..model_devices import devices_of, input_device, is_dispatched, is_loaded, is_offloaded
 from ..models import all_modules, is_quantised
 from ..planning.footprint import Footprint
 from ..planning.planner import gib, split
@@ -71,6 +71,16 @@ def why_fixed(model: PreTrainedModel) -> str | None:
     if is_dispatched(model):
         return "was dispatched by accelerate"
     return "lies on several devices" if len(devices_of(model)) > 1 else None
+
+
+def check_loaded(target: PreTrainedModel, draft: PreTrainedModel | None) -> None:
+    """Raise `ValueError`, naming the model, for one without weights."""
+    for name, model in (("The target", target), ("`assistant_model`", draft)):
+        if model is not None and rank_model_of(model) is None and not is_loaded(model):
+            raise ValueError(
+                f"{name} ({type(model).__name__}) has no weights: they lie on the meta device, and no hook of "
+                "accelerate loads them. Load it with `from_pretrained`."
+            )
 
 
 def placed_devices(model: PreTrainedModel) -> Devices | None:
