@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +46,7 @@ from .parallel.streams import on_lane_stream
 from .parallel.threads import ThreadDraft
 from .parallel.workers.draft_workers import DraftWorkers
 from .parallel.workers.execution import Execution, for_hooks
+from .turns import Turns
 
 logger = logging.get_logger(__name__)
 
@@ -66,7 +66,7 @@ class PearlEngine:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.turns = Turns()
         self.caches: dict[str, PagedPrefixCache] = {}
         self.workers = DraftWorkers()  # They end with the engine, also when it is garbage.
         self.learnt = Learnt()
@@ -95,8 +95,9 @@ class PearlEngine:
         tuple
             The requests, in the order of `prompts`, and what happened.
         """
-        with self.lock, turns(target, draft):
+        with self.turns.call() as is_inside, turns(target, draft):
             started = time.perf_counter()
+            partner = None if is_inside else draft  # It is busy with the call outside.
             self._prepare_caches(target, draft, config)
             self.workers.share_cores(config, target, draft, self._fingerprints.get("draft"))
             stats = PearlStats(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
@@ -110,10 +111,7 @@ class PearlEngine:
                 target_lane.ready(),
                 on_lane_stream(target_lane.device),
                 leaving_cores(num_threads(target)) as cores,
-                self._draft(target, draft, requests, rules, config, stats, cores, interrupts) as (
-                    runner,
-                    schedule,
-                ),
+                self._draft(target, partner, requests, rules, config, stats, cores, interrupts) as (runner, schedule),
                 interrupts.let_through(),
             ):
                 rejects = rules.do_sample and config.verification == "rejection"
@@ -143,14 +141,14 @@ class PearlEngine:
 
     def clear(self) -> None:
         """Forget every cached prefix, as soon as no call is running."""
-        with self.lock:
+        with self.turns.between_calls("`clear_cache`"):
             for cache in self.caches.values():
                 cache.clear()
             self.workers.clear()
 
     def close(self) -> None:
         """Give caches and worker back, as soon as no call is running; the next call begins cold."""
-        with self.lock:
+        with self.turns.between_calls("`release`"):
             self.workers.close()
             self.graphs.release()
             self.caches.clear()
@@ -158,7 +156,7 @@ class PearlEngine:
 
     def begin_anew(self) -> None:
         """Forget the measurements, too: a model moves to other devices."""
-        with self.lock:
+        with self.turns.between_calls("A move to other devices"):
             self.close()
             self._shares.clear()
             self.learnt = Learnt()

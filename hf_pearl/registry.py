@@ -91,7 +91,7 @@ def place(target: PreTrainedModel, draft: PreTrainedModel | None, config: PearlC
         logger.info(f"{type(model).__name__} moves to {', '.join(map(str, devices))}: {why}.")
         with ExitStack() as calls:
             for engine in sorted(engines_of(model), key=id):  # In one order, so that nobody waits for a waiting one.
-                calls.enter_context(engine.lock)
+                calls.enter_context(engine.turns.between_calls("A move to other devices"))
                 engine.begin_anew()
             move(model, devices)
 
@@ -100,6 +100,11 @@ def release(model: PreTrainedModel) -> None:
     """Give back all that hf_pearl holds for `model` as target or draft: caches, worker processes, devices.
 
     Models that were moved, it or its partners, go back to where they were unless another pair uses them.
+
+    Raises
+    ------
+    RuntimeError
+        A callback of a running call asks for it; calls of other threads are waited for.
     """
     for engine in engines_of(model):
         engine.close()
@@ -118,6 +123,11 @@ def clear_cache(model: PreTrainedModel) -> None:
     """Forget every prefix cached for `model`; needed only after a change of weights that no fingerprint can see.
 
     Such changes are writes around autograd's version counter: through `tensor.data`, numpy views or raw pointers.
+
+    Raises
+    ------
+    RuntimeError
+        A callback of a running call asks for it; calls of other threads are waited for.
     """
     for engine in engines_of(model):
         engine.clear()

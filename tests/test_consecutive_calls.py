@@ -12,6 +12,7 @@ import pytest
 import torch
 from callbacks import CountingProcessor, Deliberate, Raising, RecordingStreamer, SumCriterion
 from models import (
+    EXECUTIONS,
     IN_PROCESS,
     VOCAB_SIZE,
     assert_equal,
@@ -23,7 +24,7 @@ from models import (
     random_prompts,
     tiny_model,
 )
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 import hf_pearl
 from hf_pearl import PearlConfig, PearlOutOfBlocksError, registry
@@ -227,6 +228,56 @@ def test_an_exception_in_a_callback_reaches_the_caller_and_leaves_the_next_call_
     assert not [thread for thread in threading.enumerate() if "draft lane" in thread.name]
     for auto in (config, replace(config, draft_length="auto")):
         assert_equal(target, draft, inputs, auto, max_new_tokens=20)
+
+
+class Calling(StoppingCriteria):
+    """Ends nothing, but calls a function when it is asked for the third time; keeps what that returned or raised."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function, self.num_asked, self.got = function, 0, None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.num_asked += 1
+        if self.num_asked == 3:
+            try:
+                self.got = self.function()
+            except Exception as error:
+                self.got = error
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_callback_may_call_generate_on_the_same_pair(
+    execution: str, target: PreTrainedModel, draft: PreTrainedModel
+) -> None:
+    inputs, others = (random_prompts(random.Random(seed), 2, (3, 40)) for seed in (11, 12))
+    expected, of_others = (target.generate(**each, max_new_tokens=20, do_sample=False) for each in (inputs, others))
+    arguments = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "assistant_model": draft}
+    arguments["pearl"] = PearlConfig(execution=execution, draft_length=3)
+    inside = Calling(lambda: target.generate(**others, **arguments))
+    for calling in (inside, None):  # The second call has the draft to itself.
+        criteria = StoppingCriteriaList([calling] if calling else [])
+        output = target.generate(**inputs, **arguments, stopping_criteria=criteria)
+        assert torch.equal(output.sequences, expected)
+        assert output.pearl.execution == execution and output.pearl.draft_steps > 0
+    assert torch.equal(inside.got.sequences, of_others)
+    assert inside.got.pearl.execution == "none", "the draft is busy with the call outside"
+    assert_nothing_held(target)
+
+
+@pytest.mark.parametrize("forget", [hf_pearl.release, hf_pearl.clear_cache])
+def test_what_a_running_call_needs_a_callback_cannot_take_away(
+    forget: Callable[[PreTrainedModel], None], target: PreTrainedModel, draft: PreTrainedModel
+) -> None:
+    inputs = random_prompts(random.Random(13), 1, (5,))
+    expected = target.generate(**inputs, max_new_tokens=9, do_sample=False)
+    calling = Calling(lambda: forget(draft))
+    arguments = {"max_new_tokens": 9, "do_sample": False, "stopping_criteria": StoppingCriteriaList([calling])}
+    assert torch.equal(target.generate(**inputs, **arguments, assistant_model=draft, pearl=True), expected)
+    assert isinstance(calling.got, RuntimeError) and f"`{forget.__name__}` was asked for by a callback" in str(
+        calling.got
+    )
+    forget(draft)
 
 
 @pytest.mark.parametrize("execution", IN_PROCESS)
