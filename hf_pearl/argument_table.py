@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import GenerationConfig, SynthIDTextWatermarkingConfig
 
-from hf_pearl.errors import PearlUnsupportedModelError
+from .errors import PearlUnsupportedModelError
 
 Kind = Literal["argument", "config", "model"]
 Outcome = Literal["honoured", "refused", "no effect"]

@@ -20,11 +20,11 @@ from transformers import (
 )
 from transformers.utils import TransformersKwargs
 
-from hf_pearl.argument_table import MODEL_INPUT, TABLE, Row, arguments_page, arguments_table
-from hf_pearl.cache.support import ATTENTION_LAYERS
-from hf_pearl.compat import default_generation_values, is_stateful
-from hf_pearl.models import unwrap
-from hf_pearl.vocabularies import MAX_PADDING, can_share_a_tokenizer, vocabulary_sizes
+from .argument_table import MODEL_INPUT, TABLE, Row, arguments_page, arguments_table
+from .cache.support import ATTENTION_LAYERS
+from .compat import default_generation_values, is_stateful
+from .models import unwrap
+from .vocabularies import MAX_PADDING, can_share_a_tokenizer, vocabulary_sizes
 
 __all__ = ["arguments_page", "arguments_table", "check_arguments"]
 

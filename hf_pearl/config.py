@@ -38,8 +38,8 @@ class PearlConfig:
     ----------
     draft_length : int or "auto"
         An int: lockstep, exactly so many draft steps per target forward (the paper's gamma). "auto": no barrier; how
-        far to draft and when to verify follows from measured times and acceptance. With `overlap`, 1 is plain decoding:
-        the verdict always says what the one token drafted beside it could have said.
+        far to draft and when to verify follows from measured times and acceptance. With `overlap`, 1 is plain decoding
+        unless tokens are rejected: the verdict always says what the one token drafted beside it could have said.
     execution : {"auto", "inline", "threads", "processes"}
         How the draft lane runs: in the caller's thread, in a thread, or in a process of its own. "auto" takes what is
         fastest on the devices at hand, and with `draft_length="auto"` lets the draft rest while decoding is faster

@@ -28,7 +28,7 @@ from .decoding.proposal import Proposer
 from .decoding.rejection import RejectionSampler
 from .decoding.request import Request
 from .decoding.rules import Rules
-from .decoding.schedule import NoDraft
+from .decoding.schedule import PlainDecoding, Schedule
 from .decoding.stats import PearlStats
 from .decoding.verification import Verifier
 from .fingerprint import Fingerprint, fingerprint
@@ -96,8 +96,9 @@ class PearlEngine:
             The requests, in the order of `prompts`, and what happened.
         """
         with self.turns.call() as is_inside, turns(target, draft):
+            if is_inside:  # Caches and draft are the outer call's.
+                return PearlEngine().decode(target, None, prompts, rules, config, call_seed)
             started = time.perf_counter()
-            partner = None if is_inside else draft  # It is busy with the call outside.
             self._prepare_caches(target, draft, config)
             self.workers.share_cores(config, target, draft, self._fingerprints.get("draft"))
             stats = PearlStats(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
@@ -111,7 +112,7 @@ class PearlEngine:
                 target_lane.ready(),
                 on_lane_stream(target_lane.device),
                 leaving_cores(num_threads(target)) as cores,
-                self._draft(target, partner, requests, rules, config, stats, cores, interrupts) as (runner, schedule),
+                self._draft(target, draft, requests, rules, config, stats, cores, interrupts) as (runner, schedule),
                 interrupts.let_through(),
             ):
                 rejects = rules.do_sample and config.verification == "rejection"
@@ -196,14 +197,14 @@ class PearlEngine:
         stats: PearlStats,
         cores: SharedCores,
         interrupts: KeptInterrupts,
-    ) -> Iterator[tuple[Runner | None, NoDraft]]:
+    ) -> Iterator[tuple[Runner | None, Schedule]]:
         """The draft lane of a call, with every request admitted, and its schedule; ended in whatever state it is."""
         execution = None
         if draft is not None:
             num_blocks = self.caches["draft"].pool.max_blocks
             execution = self.workers.choose(config, draft, self._fingerprints["draft"], num_blocks)
         if draft is None or execution is None:
-            yield None, NoDraft()
+            yield None, PlainDecoding()
             return
         stats.execution = execution = for_hooks(execution, config, target, draft)
         stats.draft_cores = self.workers.worker.num_cores if execution == "processes" and self.workers.worker else 0

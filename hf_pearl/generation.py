@@ -10,8 +10,9 @@ import copy
 import functools
 import inspect
 import threading
+import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -57,14 +58,17 @@ class PearlGenerationMixin:
 
     def generate(self, *args: Any, pearl: bool | PearlConfig | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`, with `pearl`; returns the same, `PearlGenerateOutput` where it returns a dict."""
-        return pearl_generate(super().generate, self, pearl, args, kwargs)  # type: ignore[misc]
+        inherited = super().generate  # type: ignore[misc]
+        original = getattr(inherited, "hf_pearl_original", None)  # Where every model is enabled, too.
+        generate = inherited if original is None else types.MethodType(original, self)
+        return pearl_generate(generate, self, pearl, args, kwargs)
 
 
 def pearl_generate(
     generate: Callable[..., Any], model: Any, pearl: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run `generate`, transformers' own and bound to `model`, with PEARL's decoding if `pearl` asks for it."""
-    arguments = dict(zip(_positional_names(), args, strict=False)) | kwargs
+    arguments = _by_name(args, kwargs)
     config = PearlConfig.from_argument(_asked_for(pearl, model, arguments))
     if config is None:
         return generate(*args, **kwargs)
@@ -75,7 +79,8 @@ def pearl_generate(
         kind = type(arguments["generation_config"]).__name__
         raise TypeError(f"`generation_config` must be a GenerationConfig, got a {kind}. Its fields are arguments, too.")
     extra = {name: value for name, value in arguments.items() if name not in positional}
-    generation_config = compat.effective_generation_config(model, arguments.get("generation_config"), extra)
+    with _hiding:  # Another thread may be hiding the model's own stop strings.
+        generation_config = compat.effective_generation_config(model, arguments.get("generation_config"), extra)
     check_arguments(model, generation_config, arguments)
     draft = unwrap(arguments.pop("assistant_model", None))
     place(unwrap(model), draft, config)
@@ -87,6 +92,8 @@ def pearl_generate(
     for name in ("synced_gpus", "assistant_tokenizer", "tokenizer"):
         arguments.pop(name, None)
 
+    hidden = ExitStack()
+
     def decode(
         model: PreTrainedModel,
         input_ids: torch.Tensor,
@@ -95,13 +102,26 @@ def pearl_generate(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> GenerateOutput:
+        hidden.close()
         rules = _rules(logits_processor, stopping_criteria, generation_config, streamer)
         mask = model_kwargs.get("attention_mask")
         return _decode(model, draft, input_ids, mask, rules, generation_config, config)
 
     returned = _brought_to_target(unwrap(model), arguments)
-    with _without_stop_strings(model, arguments):
+    with hidden:
+        hidden.enter_context(_without_stop_strings(model, arguments))
         return returned(generate(**arguments, custom_generate=decode))
+
+
+def _by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of `generate` by name; raises `TypeError`, as Python does, for too many and for two of a name."""
+    names = _positional_names()
+    if len(args) > len(names):
+        raise TypeError(f"generate() takes {len(names)} positional arguments ({', '.join(names)}), got {len(args)}.")
+    arguments = dict(zip(names, args, strict=False))
+    for name in arguments.keys() & kwargs.keys():
+        raise TypeError(f"generate() got multiple values for argument '{name}'. Pass it once.")
+    return arguments | kwargs
 
 
 def _brought_to_target(target: PreTrainedModel, arguments: dict[str, Any]) -> Callable[[Any], Any]:
@@ -140,7 +160,8 @@ def _asked_for(pearl: Any, model: Any, arguments: dict[str, Any]) -> Any:
 def _without_stop_strings(model: Any, arguments: dict[str, Any]) -> Iterator[None]:
     """Hide `stop_strings` from transformers, which drops the tokenizer on its way to a callable and then misses it.
 
-    They stand as a criterion already. The model's own default can be hidden in place only; it is put back at the end.
+    They stand as a criterion already. The model's own default can be hidden in place only: it is put back as soon as
+    transformers has prepared the call, a few milliseconds in which a plain `generate` of another thread would miss it.
     """
     arguments.pop("stop_strings", None)
     given = arguments.get("generation_config")
@@ -248,7 +269,7 @@ def _output(sequences: torch.Tensor, requests: list[Request], rules: Rules, stat
 def _stacked(rows: list[list[torch.Tensor]], rules: Rules, fill: float) -> tuple[torch.Tensor, ...]:
     """Per generated position `(batch, vocab_size)`; a finished row holds `fill`, and 0 at the pad token."""
     blank = torch.full_like(rows[0][0], fill)
-    if rules.pad_token_id is not None:
+    if rules.pad_token_id is not None and 0 <= rules.pad_token_id < len(blank):  # Without padding it may be anything.
         blank[rules.pad_token_id] = 0.0
     longest = max(len(row) for row in rows)
     return tuple(

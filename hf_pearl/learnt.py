@@ -13,7 +13,7 @@ from .decoding.lookup import LookupChances
 from .decoding.policy import Pace
 from .decoding.rejection_schedule import RejectionLockstep
 from .decoding.request import Request
-from .decoding.schedule import Choices, FreeRunning, Lockstep, NoDraft
+from .decoding.schedule import Choices, FreeRunning, Lockstep, Schedule
 from .decoding.while_pays import WhilePays
 from .parallel.cores import SharedCores
 from .parallel.inline import InlineDraft
@@ -39,7 +39,9 @@ class Learnt:
         """Find out anew whether the draft pays: a model has changed."""
         self.benefits = {is_sampled: Benefits() for is_sampled in (False, True)}
 
-    def schedule(self, runner: Runner, cores: SharedCores, config: PearlConfig, requests: Sequence[Request]) -> NoDraft:
+    def schedule(
+        self, runner: Runner, cores: SharedCores, config: PearlConfig, requests: Sequence[Request]
+    ) -> Schedule:
         """The schedule of a call with a draft."""
         if config.draft_length != "auto":
             rejects = config.verification == "rejection" and requests[0].seed is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +43,19 @@ def all_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
                 known.add(id(part))
                 modules.append(part)
     return modules
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """A scope in which a model is in evaluation mode; parts that were in training are so again at its end."""
+    training = [module for module in all_modules(model) if module.training]
+    try:
+        if training:
+            model.eval()
+        yield
+    finally:
+        for module in training:  # One by one: a part of a model that is trained may be frozen.
+            module.training = True
 
 
 def is_quantised(model: PreTrainedModel) -> bool:

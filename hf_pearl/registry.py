@@ -14,7 +14,7 @@ from .config import PearlConfig
 from .engine import PearlEngine
 from .forks import in_forked_children
 from .models import generative_model
-from .parallel.placement import check_loaded, move, put_back, wanted_moves
+from .parallel.placement import check_loaded, lies_on, move, put_back, wanted_moves
 
 logger = logging.get_logger(__name__)
 
@@ -87,11 +87,18 @@ def place(target: PreTrainedModel, draft: PreTrainedModel | None, config: PearlC
         A device that is not there or has no room, or a model that has no weights, or must not be moved.
     """
     check_loaded(target, draft)
-    for model, devices, why in wanted_moves(target, draft, config):
-        logger.info(f"{type(model).__name__} moves to {', '.join(map(str, devices))}: {why}.")
+    moves = wanted_moves(target, draft, config)
+    if moves:
+        engine_for(target, draft)  # So that another first call of this pair waits for the move of this one.
+    for model, devices, why in moves:
         with ExitStack() as calls:
-            for engine in sorted(engines_of(model), key=id):  # In one order, so that nobody waits for a waiting one.
+            engines = sorted(engines_of(model), key=id)  # In one order, so that nobody waits for a waiting one.
+            for engine in engines:
                 calls.enter_context(engine.turns.between_calls("A move to other devices"))
+            if lies_on(model, devices):
+                continue
+            logger.info(f"{type(model).__name__} moves to {', '.join(map(str, devices))}: {why}.")
+            for engine in engines:
                 engine.begin_anew()
             move(model, devices)
 

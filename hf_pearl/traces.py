@@ -19,6 +19,7 @@ from .decoding.proposal import Prefix, Proposer
 from .decoding.recorded import TracedGuess
 from .generation import pearl_generate
 from .model_devices import input_device
+from .models import evaluating
 from .pair_checks import check_numbers, checked_models, checked_prompts
 from .parallel.lane import output_vocab_size
 
@@ -112,7 +113,8 @@ def trace_of(
     """
     vocab_size = draft.get_input_embeddings().num_embeddings
     known_ids = [token_id if token_id < vocab_size else 0 for token_id in token_ids]
-    logits = draft(torch.tensor([known_ids], device=input_device(draft))).logits[0]
+    with evaluating(draft):
+        logits = draft(torch.tensor([known_ids], device=input_device(draft))).logits[0]
     prompt = torch.tensor([token_ids[:num_prompt_tokens]], device=input_device(target))
     options = generation_options(prompt, len(token_ids) - num_prompt_tokens, temperature)
     proposer = Proposer(output_vocab_size(target), draft_processors(_processors(target, options)))

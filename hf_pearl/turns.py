@@ -24,7 +24,9 @@ class Turns:
         with self._lock:
             is_inside = self._num_calls > 0
             if is_inside:
-                logger.info_once("A call by a callback of another one decodes without the draft, which is busy.")
+                logger.info_once(
+                    "A call by a callback of another one on its pair has a cache of its own, and no draft."
+                )
             self._num_calls += 1
             try:
                 yield is_inside

@@ -265,6 +265,25 @@ def test_a_callback_may_call_generate_on_the_same_pair(
     assert_nothing_held(target)
 
 
+def test_a_call_by_a_callback_leaves_the_cache_of_the_outer_one(target: PreTrainedModel) -> None:
+    """Also where it finds the model changed, as it does under a hook, and would begin the cache anew."""
+    inputs = random_prompts(random.Random(14), 1, (20,))
+    arguments = {**inputs, "max_new_tokens": 20, "do_sample": False}
+    expected = target.generate(**arguments)
+
+    def call_under_hook() -> torch.Tensor:
+        hook = target.model.layers[0].register_forward_hook(lambda module, args, output: None)
+        try:
+            return target.generate(**arguments, pearl=True)
+        finally:
+            hook.remove()
+
+    calling = Calling(call_under_hook)
+    criteria = StoppingCriteriaList([calling])
+    assert torch.equal(target.generate(**arguments, pearl=True, stopping_criteria=criteria), expected)
+    assert torch.equal(calling.got, expected)
+
+
 @pytest.mark.parametrize("forget", [hf_pearl.release, hf_pearl.clear_cache])
 def test_what_a_running_call_needs_a_callback_cannot_take_away(
     forget: Callable[[PreTrainedModel], None], target: PreTrainedModel, draft: PreTrainedModel

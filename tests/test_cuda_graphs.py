@@ -203,6 +203,16 @@ def test_a_size_is_captured_when_it_comes_again(seed: int, monkeypatch: pytest.M
     assert warm_ups == [0, 1, 2, 3, 3, 4]
 
 
+def test_what_is_counted_of_steps_stays_bounded(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every temperature is a kind of chains of its own."""
+    monkeypatch.setattr(cuda_graphs, "MAX_COUNTED", 4)
+    lanes = TwoLanes("llama", seed)
+    for number in range(50):
+        lanes.runner._comes_again(number)
+        assert len(lanes.runner._num_steps) <= 4
+    assert lanes.runner._comes_again(49), "the last ones are known"
+
+
 def test_a_failed_capture_is_said_once_and_costs_no_token(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     lanes = TwoLanes("llama", seed, capture=StrictCapture(fails_at=3))
     with lanes.replaying.ready(), lanes.plain.ready(), heard(caplog):

@@ -107,6 +107,20 @@ def test_all_and_one_enabled_with_pearl_in_the_generation_config(target: LlamaFo
     assert torch.equal(output, expected)
 
 
+def test_the_mixin_where_every_model_is_enabled_too(target: LlamaForCausalLM) -> None:
+    class Mixed(PearlGenerationMixin, LlamaForCausalLM):
+        pass
+
+    model = Mixed(target.config).to(target.dtype).eval()
+    model.load_state_dict(target.state_dict())
+    expected = decode(target)
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, pearl=INLINE)
+    for is_enabled in (False, True):
+        (hf_pearl.enable if is_enabled else hf_pearl.disable)()
+        output = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), generation_config=config)
+        assert torch.equal(output, expected)
+
+
 def test_the_mixin_must_stand_before_the_model_class() -> None:
     class Right(PearlGenerationMixin, LlamaForCausalLM):
         pass
@@ -142,3 +156,16 @@ def test_a_forward_hook_is_seen(target: LlamaForCausalLM) -> None:
     assert not torch.equal(hooked, before)
     hook.remove()
     assert torch.equal(target.generate(prompt, **options, assistant_model=draft, pearl=INLINE), before)
+
+
+def test_an_argument_given_twice_or_one_too_many_is_refused(target: LlamaForCausalLM) -> None:
+    """As Python does where the signature is `generate`'s own."""
+    with pytest.raises(TypeError, match="multiple values for argument 'inputs'"):
+        target.generate(PROMPT, inputs=PROMPT)
+    with pytest.raises(TypeError, match="positional arguments"):
+        target.generate(PROMPT, *[None] * 20)
+    hf_pearl.enable(target)
+    with pytest.raises(TypeError, match=r"multiple values for argument 'inputs'.*once"):
+        target.generate(PROMPT, inputs=PROMPT, pearl=True)
+    with pytest.raises(TypeError, match=r"positional arguments \(inputs, generation_config, .*got 21"):
+        target.generate(PROMPT, *[None] * 20, pearl=True)

@@ -38,6 +38,7 @@ from transformers import (
     SequenceBiasLogitsProcessor,
     WatermarkingConfig,
 )
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from hf_pearl import PearlConfig
@@ -377,6 +378,52 @@ def test_stop_strings_in_a_batch_with_and_without_end_of_text_tokens(
     for ends in ({}, {"eos_token_id": int(plain[0, 6])}):
         expected, _ = assert_equal(target, draft, inputs, max_new_tokens=24, tokenizer=tokenizer, **strings, **ends)
         assert (expected.tolist() != plain.tolist()) == bool(ends), "ended rows go on, unless there is something to pad"
+
+
+class Holding(BaseStreamer):
+    """Says that its call has begun, and lets it go on when it is told to."""
+
+    def __init__(self) -> None:
+        self.has_begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def put(self, value: torch.Tensor) -> None:
+        self.has_begun.set()
+        assert self.may_go_on.wait(60.0)
+
+    def end(self) -> None:
+        pass
+
+
+def test_the_model_s_own_stop_strings_hold_for_every_thread(draft: PreTrainedModel) -> None:
+    """They are hidden from transformers while it prepares a call, not for as long as the call takes."""
+    target, tokenizer = tiny_model("llama", 1), tiny_tokenizer(0)
+    inputs = random_prompts(random.Random(18), 1, (12,))
+    text = tokenizer.decode(target.generate(**inputs, do_sample=False, max_new_tokens=24)[0, 12:])
+    target.generation_config.stop_strings = [text[9:12]]
+    arguments = {**inputs, "do_sample": False, "max_new_tokens": 24, "tokenizer": tokenizer}
+    expected = target.generate(**arguments)
+    assert 12 < expected.shape[1] < 36
+    streamer, outputs = Holding(), []
+
+    def call(**others: Any) -> None:
+        outputs.append(target.generate(**arguments, **others))
+
+    threads = [threading.Thread(target=call, kwargs={"pearl": INLINE, "streamer": streamer})]
+    threads[0].start()
+    assert streamer.has_begun.wait(60.0)
+    second = Holding()
+    second.may_go_on.set()
+    threads.append(threading.Thread(target=call, kwargs={"pearl": INLINE, "streamer": second}))
+    threads[-1].start()
+    assert second.has_begun.wait(60.0)
+    threads.append(threading.Thread(target=call, kwargs={"pearl": False}))
+    threads[-1].start()
+    threads[-1].join(60.0)
+    streamer.may_go_on.set()
+    for thread in threads:
+        thread.join(60.0)
+    assert [each.tolist() for each in outputs] == [expected.tolist()] * 3
+    assert target.generation_config.stop_strings == [text[9:12]]
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)

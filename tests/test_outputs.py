@@ -26,7 +26,7 @@ from models import (
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, TextIteratorStreamer, TextStreamer
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from hf_pearl import PearlConfig, PearlGenerateOutput, PearlStats
+from hf_pearl import PearlConfig, PearlGenerateOutput, PearlStats, generation
 
 INLINE = PearlConfig(execution="inline", draft_length=5)
 TIMEOUT = 60.0  # seconds
@@ -157,6 +157,37 @@ def test_scores_and_logits_are_those_of_generate(
             num_compared += int(live.sum())
             live &= ~torch.isin(generated[:, position], torch.tensor(arguments["eos_token_id"]))
     assert num_compared < 2 * generated.numel(), "no row ended before the others"
+
+
+def test_scores_with_a_pad_token_that_no_row_needs(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """A row alone is not padded: `generate` takes any number."""
+    arguments = {**random_prompts(random.Random(5), 1, (5,)), "do_sample": False, "max_new_tokens": 5}
+    arguments |= {"return_dict_in_generate": True, "output_scores": True, "pad_token_id": VOCAB_SIZE}
+    expected, output = (
+        target.generate(**arguments, assistant_model=each, pearl=each and INLINE) for each in (None, draft)
+    )
+    torch.testing.assert_close(output.scores, expected.scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("penalty", [None, 1.1])
+def test_what_is_kept_of_a_window_is_what_was_chosen(
+    penalty: float | None, target: PreTrainedModel, draft: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the scores of every guess, which would be many times as much until the call ends."""
+    kept: list[torch.Tensor] = []
+    stacked = generation._stacked
+
+    def seen(rows: list[list[torch.Tensor]], *args: Any) -> Any:
+        kept.extend(each for row in rows for each in row)
+        return stacked(rows, *args)
+
+    monkeypatch.setattr(generation, "_stacked", seen)
+    arguments = {**random_prompts(random.Random(5), 2, (5,)), "do_sample": False, "max_new_tokens": 20}
+    arguments |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    config = replace(INLINE, draft_length=8)
+    target.generate(**arguments, repetition_penalty=penalty, assistant_model=draft, pearl=config)
+    assert len(kept) == 2 * 2 * 20
+    assert {each.untyped_storage().nbytes() for each in kept} == {4 * VOCAB_SIZE}
 
 
 def test_sampled_scores_are_without_noise(target: PreTrainedModel, draft: PreTrainedModel) -> None:

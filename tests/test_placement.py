@@ -8,6 +8,8 @@ import os
 import random
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from torch.utils import backend_registration
 from transformers import PreTrainedModel
 
 import hf_pearl
-from hf_pearl import PearlConfig
+from hf_pearl import PearlConfig, registry
 from hf_pearl.decoding.processors import copies_on
 from hf_pearl.device_arguments import named_devices
 from hf_pearl.fingerprint import fingerprint
@@ -305,6 +307,30 @@ def test_a_model_that_must_not_be_moved_is_left_and_an_order_to_is_refused(
             ValueError, match=rf"`{name}` asks for cuda:0, but .* is offloaded and stays on cpu\. Load it"
         ):
             placement.wanted_moves(*pair, PearlConfig(**{name: "cuda:0"}))
+
+
+def test_of_two_first_calls_of_a_pair_one_moves_its_draft(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other waits, and finds it moved."""
+    target, draft = tiny_model("llama", seed), tiny_model("llama", seed + 1)
+    start, moved = threading.Barrier(2, timeout=60.0), []
+
+    def wanted_moves(*args: Any) -> list[placement.Move]:
+        start.wait()
+        return [placement.Move(draft, (CPU,), "a test asks for it")]
+
+    def move(model: PreTrainedModel, devices: Any) -> None:
+        time.sleep(0.2)
+        moved.append(model)
+
+    monkeypatch.setattr(registry, "wanted_moves", wanted_moves)
+    monkeypatch.setattr(registry, "lies_on", lambda model, devices: bool(moved))
+    monkeypatch.setattr(registry, "move", move)
+    threads = [threading.Thread(target=registry.place, args=(target, draft, PearlConfig())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60.0)
+    assert moved == [draft]
 
 
 @pytest.mark.parametrize("which", ["target", "assistant_model"])

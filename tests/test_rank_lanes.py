@@ -398,6 +398,13 @@ def test_damaged_operations_are_refused_or_read_as_others(data: st.DataObject) -
         assert all(type(each) in map(type, OPERATIONS) for each in decode_operations(words))
 
 
+def test_a_time_that_is_none_is_refused_before_it_is_stored() -> None:
+    for num_bytes in (0, 5, 16):
+        words = [draft_frames.Kind.TIME, 0, num_bytes, *[0] * -(-num_bytes // 8)]
+        with pytest.raises(MalformedRecordError, match=f"{num_bytes} bytes"):
+            list(draft_frames.unpack(words))
+
+
 def test_news_of_a_draft_arrive_where_a_worker_would_have_written_them() -> None:
     descriptor = shared_collectives.anonymous_memory("test", draft_frames.Channel.NUM_BYTES)
     channel, news = draft_frames.Channel(descriptor), draft_frames.News()

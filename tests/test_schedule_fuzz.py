@@ -51,7 +51,7 @@ from hf_pearl.decoding.processors import draft_processors
 from hf_pearl.decoding.proposal import Proposer
 from hf_pearl.decoding.request import Request
 from hf_pearl.decoding.rules import Rules
-from hf_pearl.decoding.schedule import Choices, FreeRunning, Lockstep, NoDraft
+from hf_pearl.decoding.schedule import Choices, FreeRunning, Lockstep, PlainDecoding, Schedule
 from hf_pearl.decoding.stats import PearlStats
 from hf_pearl.decoding.verification import Verifier
 from hf_pearl.decoding.while_pays import WhilePays
@@ -268,7 +268,7 @@ def decode_without_draft(pair: Pair, case: Case) -> list[list[int]]:
     lane = ModelLane(pair.target, pair.caches[0], prefix_cache=False)
     with lane.ready():
         verifier = Verifier(requests, rules, lane.device)
-        DecodingLoop(lane, requests, verifier, NoDraft(), None, PearlStats()).run()
+        DecodingLoop(lane, requests, verifier, PlainDecoding(), None, PearlStats()).run()
     return [request.generated for request in requests]
 
 
@@ -310,7 +310,7 @@ def decode_interleaved(pair: Pair, case: Case, chance: random.Random) -> tuple[l
     return [request.generated for request in requests], stats
 
 
-def draw_schedule(requests: Sequence[Request], draft: ArbitraryDraft, chance: random.Random) -> NoDraft:
+def draw_schedule(requests: Sequence[Request], draft: ArbitraryDraft, chance: random.Random) -> Schedule:
     """One of the three schedules, perhaps in the middle of what it has learnt."""
     overlap = chance.random() < 0.7
     if chance.random() < 0.4:
@@ -419,7 +419,7 @@ def test_five_thousand_interleavings_give_the_same_tokens(
     run_fuzz(seed, samples, -(-500 // RUNS_PER_CASE), monkeypatch)
 
 
-class SecondIsRight(NoDraft):
+class SecondIsRight(Schedule):
     """Guesses two tokens for the next place of every row, of which the second is what the target chooses."""
 
     def __init__(self, case: Case) -> None:

@@ -98,6 +98,18 @@ def test_recording_needs_no_enabled_model() -> None:
         hf_pearl.enable()
 
 
+def test_a_draft_in_training_is_recorded_as_it_drafts() -> None:
+    """Without dropout, as in a call."""
+    target = tiny_model("gpt2", 1)
+    expected = hf_pearl.record_traces(target, target, [[5, 6, 7]], 20)
+    trained = copy.deepcopy(target).train()
+    for module in trained.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    assert hf_pearl.record_traces(target, trained, [[5, 6, 7]], 20) == expected
+    assert all(module.training for module in trained.modules())
+
+
 def test_a_model_that_returns_a_dict_by_default_is_recorded_like_others() -> None:
     target = copy.deepcopy(tiny_model("llama", 1))
     expected = hf_pearl.record_traces(target, target, [[5, 6, 7]], 8)

@@ -127,7 +127,7 @@ def shared_memory(model: PreTrainedModel) -> Figures:
 def fork_and_drop(model: PreTrainedModel, num_steps: int) -> Figures:
     """Milliseconds to fork and drop a line, to do so with a token written to it, and to copy a block of every layer."""
     lane = paged_rows(model, [PROMPT_TOKENS + DEFAULT_BLOCK_SIZE // 2])
-    cache, sequence = lane.cache, lane._sequences[0]
+    cache, sequence = lane.cache, lane.sequences[0]
     first, second = (slice(block * cache.block_size, (block + 1) * cache.block_size) for block in (0, 1))
 
     def fork(num_new: int) -> None:
@@ -177,7 +177,7 @@ def in_turns(turns: dict[str, Turn], num_steps: int, device: torch.device) -> di
 
 def paged_step(model: PreTrainedModel, lane: ModelLane) -> Turn:
     """A decode step of all rows of a lane."""
-    lengths = {row: lane.length(row) for row in lane._sequences}
+    lengths = {row: lane.length(row) for row in lane.sequences}
     windows = [Window(row, (1,), 1) for row in lengths]
 
     def undo() -> None:
@@ -209,7 +209,7 @@ def paged_rows(
     lane = ModelLane(model, cache)
     for row, length in enumerate(lengths):
         lane.admit(row, (), max(lengths) + 64)
-        sequence = lane._sequences[row]
+        sequence = lane.sequences[row]
         cache.append(sequence, length)
         for layer, states in zip(cache.layers, _random_states(model, 1, length), strict=True):
             if layer.pools is None:

@@ -153,7 +153,7 @@ def measure_sampling(
     temperature: float,
     advance: Callable[[], object],
 ) -> dict[str, Any]:
-    """Both verifications at one temperature, and plain decoding on the same engine."""
+    """The default, and both verifications at their best draft length, at one temperature."""
     coupled = PearlConfig()
     rejection = PearlConfig(verification="rejection", draft_length=DRAFT_LENGTHS[0])
     deadline = time.monotonic() + 30.0

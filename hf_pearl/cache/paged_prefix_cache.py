@@ -43,7 +43,8 @@ class PagedPrefixCache(BatchOfRows):
     """Paged keys and values of one model, for any number of sequences.
 
     Engines allocate sequences and run ragged steps over them (`PagedStep`). It is a transformers cache too: passed as
-    `past_key_values=`, it holds a batch of rows of one length, and every method means what it means there.
+    `cache=` (`past_key_values=` before transformers 5.24), it holds a batch of rows of one length, and every method
+    means what it means there.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The decoding itself: logic over tokens and tensors, without threads, processes, files or caches of its own.
+"""The decoding itself: logic over tokens and tensors, without threads, processes or caches of its own.
 
 Of devices it knows where tensors lie; on CUDA it has a kernel for the noise.
 """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 NUM_BINS = 16
 MAX_RANKS = 4
+PRIOR_WEIGHT = 4.0  # judgements that the prior counts for
+MEMORY = 200.0  # judgements of a bin after which an old one counts half
 
 
 class Calibration:
@@ -11,20 +13,13 @@ class Calibration:
 
     A histogram per rank. Every bin starts with the weight of a few judgements that say the draft is right about itself,
     and forgets slowly, because acceptance drifts along a text.
-
-    Parameters
-    ----------
-    prior_weight : float
-        Judgements that the prior counts for.
-    memory : float
-        Judgements of a bin after which an old one counts half.
     """
 
-    def __init__(self, prior_weight: float = 4.0, memory: float = 200.0) -> None:
+    def __init__(self) -> None:
         centres = [(index + 0.5) / NUM_BINS for index in range(NUM_BINS)]
-        self._stood = [[prior_weight * centre / (1 + rank) for centre in centres] for rank in range(MAX_RANKS)]
-        self._judged = [[prior_weight] * NUM_BINS for _ in range(MAX_RANKS)]
-        self._keep = 0.5 ** (1.0 / memory)
+        self._stood = [[PRIOR_WEIGHT * centre / (1 + rank) for centre in centres] for rank in range(MAX_RANKS)]
+        self._judged = [[PRIOR_WEIGHT] * NUM_BINS for _ in range(MAX_RANKS)]
+        self._keep = 0.5 ** (1.0 / MEMORY)
 
     def chance(self, confidence: float, rank: int = 0) -> float:
         """Estimated chance that the guess of a rank (0 is the likeliest) stands."""

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 MIN_MATCH, MAX_MATCH = 2, 12
 MAX_LOOKED_UP = 16
+PRIOR_WEIGHT = 4.0  # judgements that the prior counts for
+MEMORY = 100.0  # judgements after which an old one counts half
 
 
 class LookupChances:
@@ -18,10 +20,10 @@ class LookupChances:
     It starts from `1 - 1 / match` with the weight of a few judgements, and forgets slowly.
     """
 
-    def __init__(self, prior_weight: float = 4.0, memory: float = 100.0) -> None:
-        self._judged = [prior_weight] * (MAX_MATCH + 1)
-        self._stood = [prior_weight * (1.0 - 1.0 / max(1, match)) for match in range(MAX_MATCH + 1)]
-        self._keep = 0.5 ** (1.0 / memory)
+    def __init__(self) -> None:
+        self._judged = [PRIOR_WEIGHT] * (MAX_MATCH + 1)
+        self._stood = [PRIOR_WEIGHT * (1.0 - 1.0 / max(1, match)) for match in range(MAX_MATCH + 1)]
+        self._keep = 0.5 ** (1.0 / MEMORY)
 
     def chance(self, match: int) -> float:
         """Estimated chance that the token behind `match` matching ones stands."""

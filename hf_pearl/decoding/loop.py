@@ -13,7 +13,7 @@ from .guesses import Guesses
 from .lanes import Lane
 from .messages import Removal, Verdict, Window
 from .request import Request
-from .schedule import NoDraft
+from .schedule import Schedule
 from .scheduler import Scheduler
 from .stats import PearlStats, TargetForward
 from .verification import Verifier
@@ -46,7 +46,7 @@ class DecodingLoop:
         The target on its cache.
     verifier : Verifier
         Judges the target's logits.
-    schedule : NoDraft, Lockstep or FreeRunning
+    schedule : Schedule
         Which draft tokens to verify, and when.
     draft : VerdictSink or None
         Hears of verdicts and ended requests.
@@ -59,7 +59,7 @@ class DecodingLoop:
         target: Lane,
         requests: Sequence[Request],
         verifier: Verifier,
-        schedule: NoDraft,
+        schedule: Schedule,
         draft: VerdictSink | None,
         stats: PearlStats,
         clock: Callable[[], float] = time.perf_counter,

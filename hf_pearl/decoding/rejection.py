@@ -48,15 +48,20 @@ def stands(p: torch.Tensor, q: torch.Tensor, guesses: torch.Tensor, uniforms: to
     guesses : torch.Tensor
         `(N,)`, int64: `x`, drawn from `q`.
     uniforms : torch.Tensor
-        `(N,)`, float64, in (0, 1): `u`, independent of `x`.
+        `(N,)`, float64 (float32 on MPS), in (0, 1): `u`, independent of `x`.
 
     Returns
     -------
     torch.Tensor
         `(N,)`, bool.
     """
-    p_guess, q_guess = (each.gather(1, guesses[:, None])[:, 0].double() for each in (p, q))
+    p_guess, q_guess = (_widened(each.gather(1, guesses[:, None])[:, 0]) for each in (p, q))
     return (q_guess > 0) & (uniforms * q_guess < p_guess)
+
+
+def _widened(values: torch.Tensor) -> torch.Tensor:
+    """Values in float64, which MPS has not."""
+    return values if values.device.type == "mps" else values.double()
 
 
 def correct(p: torch.Tensor, q: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -140,7 +145,7 @@ class RejectionSampler:
 
     def _uniforms(self, request: Request, count: int) -> torch.Tensor:
         noise = self._source(self._tests, request, 1, ACCEPT_STREAM, 0, count)
-        return (-(-noise[:, 0].double()).exp()).exp()  # the distribution function of Gumbel's law: uniform
+        return (-(-_widened(noise[:, 0])).exp()).exp()  # the distribution function of Gumbel's law: uniform
 
     def _source(
         self, sources: dict[int, NoiseSource], request: Request, size: int, stream: int, place: int, count: int = 1

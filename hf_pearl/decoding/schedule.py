@@ -68,8 +68,8 @@ PATIENCE_STEPS = 4
 PATIENCE_SECONDS = 0.005
 
 
-class NoDraft:
-    """Plain decoding.
+class Schedule:
+    """Which draft tokens to verify, and when; this one wants none.
 
     Attributes
     ----------
@@ -100,7 +100,11 @@ class NoDraft:
         """Nothing to learn from a forward over prompts, see `WhilePays`."""
 
 
-class Lockstep(NoDraft):
+class PlainDecoding(Schedule):
+    """The target alone."""
+
+
+class Lockstep(Schedule):
     """PEARL with a fixed draft length: `draft_length` draft steps beside every target forward, then a barrier."""
 
     def __init__(self, draft: DraftRunner, draft_length: int, overlap: bool = True) -> None:
@@ -151,7 +155,7 @@ class Choices(NamedTuple):
 ALL_CHOICES = Choices()
 
 
-class FreeRunning(NoDraft):
+class FreeRunning(Schedule):
     """No barrier: the target takes what is there when it becomes free, or waits for more when that pays.
 
     Without `overlap` the draft makes a step only when it is waited for: ordinary speculative decoding whose draft

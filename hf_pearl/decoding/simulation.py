@@ -21,7 +21,7 @@ from .policy import Pace
 from .recorded import RecordedLane, RecordedProposer, TracedGuess, has_tokens
 from .request import Request
 from .rules import Rules
-from .schedule import FreeRunning, Lockstep, NoDraft
+from .schedule import FreeRunning, Lockstep, PlainDecoding, Schedule
 from .stats import PearlStats
 from .verification import Verifier
 from .while_pays import WhilePays
@@ -268,9 +268,9 @@ def _schedule(
     benefits: Benefits | None,
     learnt: KeptBetweenRuns,
     lookup_chances: LookupChances | None,
-) -> NoDraft:
+) -> Schedule:
     if draft is None:
-        return NoDraft()
+        return PlainDecoding()
     if isinstance(draft_length, int):
         return Lockstep(draft, draft_length, overlap)
     drafting = FreeRunning(draft, learnt.pace, overlap, lookup_chances, clock=clock)
@@ -284,7 +284,7 @@ def _run(
     target: RecordedLane,
     draft: VirtualDraft | None,
     clock: VirtualClock,
-    schedule: NoDraft,
+    schedule: Schedule,
 ) -> PearlStats:
     max_length = requests[0].num_padding + requests[0].max_length
     criteria = StoppingCriteriaList([MaxLengthCriteria(max_length)])

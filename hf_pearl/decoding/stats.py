@@ -39,9 +39,10 @@ class PearlStats:
     verified_draft_tokens : int
         Guesses that went into a target forward: of the draft, or looked up in prompt and output.
     accepted_tokens : int
-        Of these, the ones that stood.
+        Of these, the ones that stood; with `verification="rejection"` also the guess behind a window, which is drafted
+        beside its forward and judged by the last logits of it.
     accepted_looked_up_tokens : int
-        Of these, the ones that were looked up.
+        Of the accepted ones, those that were looked up.
     wasted_draft_tokens : int
         Drafted tokens that were not accepted: dropped, or equal to a token that the target had meanwhile chosen itself.
     generated_tokens : int

@@ -219,11 +219,11 @@ def check_finite(values: Sequence[float], ignored: Sequence[bool] = ()) -> None:
 
 
 def record(request: Request, rules: Rules, scores: torch.Tensor, logits: torch.Tensor) -> None:
-    """Keep a position's processed scores and raw logits where the call asks for them."""
+    """Keep a position's processed scores and raw logits `(V,)` where the call asks for them; copies, not the window."""
     if rules.output_scores:
-        request.scores.append(scores)
+        request.scores.append(scores.clone())
     if rules.output_logits:
-        request.logits.append(logits)
+        request.logits.append(logits.clone())
 
 
 def _draws(request: Request) -> list[Draw]:

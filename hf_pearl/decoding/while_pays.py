@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from .benefit import Benefit, Benefits
 from .guesses import Guesses
 from .request import Request
-from .schedule import DraftRunner, FreeRunning, NoDraft
+from .schedule import DraftRunner, FreeRunning, Schedule
 from .undrafted import UndraftedForwards
 
 PATIENCE = 64  # forwards after which a draft counts although nothing was heard of it: it may have failed
 
 
-class WhilePays(NoDraft):
+class WhilePays(Schedule):
     """Lets the draft rest until it is ready, while decoding without it is measured, and where that is faster.
 
     It has to be made before the draft hears of the requests, so that it can keep the draft from beginning with them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -18,7 +18,7 @@ from ..decoding.messages import Window
 from ..decoding.noise import NoiseRow
 from ..errors import PearlOutOfBlocksError
 from ..model_devices import computing_devices, input_device
-from ..models import all_modules
+from ..models import evaluating
 from .graphs.cuda_graphs import GraphRunner
 from .inference import may_use_inference_mode
 from .packed_windows import PackedWindows, chained, pack
@@ -86,11 +86,8 @@ class ModelLane:
 
         Inside, every sequence that was admitted is freed, whatever happens.
         """
-        training = [module for module in all_modules(self.model) if module.training]
         try:
-            if training:
-                self.model.eval()
-            with paged_attention(self.model), torch.no_grad():
+            with evaluating(self.model), paged_attention(self.model), torch.no_grad():
                 yield
         finally:
             for sequence in self._sequences.values():
@@ -98,8 +95,6 @@ class ModelLane:
             self._sequences.clear()
             self._with_nan.clear()
             self._nan_on_device = None
-            for module in training:  # One by one: a part of a model that is trained may be frozen.
-                module.training = True
 
     def admit(self, request_id: int, token_ids: Sequence[int], max_length: int) -> int:
         """Begin a sequence; return how many of `token_ids` the cache already holds (always short of the last).
@@ -118,6 +113,11 @@ class ModelLane:
         """Begin a sequence with the first `length` tokens of another, in the same memory."""
         self._sequences[new_id] = self.cache.fork(self._sequences[request_id])
         self.rollback(new_id, length)
+
+    @property
+    def sequences(self) -> Mapping[int, PagedSequence]:
+        """Every sequence by its request."""
+        return self._sequences
 
     def length(self, request_id: int) -> int:
         """How many tokens of a sequence have keys and values."""

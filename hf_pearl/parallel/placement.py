@@ -123,7 +123,7 @@ def wanted_moves(target: PreTrainedModel, draft: PreTrainedModel | None, config:
 def _asked(name: str, model: PreTrainedModel, devices: Devices) -> list[Move]:
     """The move that a user asks for, if there is one."""
     devices = present(name, devices)
-    if _lies_on(model, devices):
+    if lies_on(model, devices):
         return []
     _check_may_move(name, model, devices)
     return [Move(model, devices, f"`{name}` asks for it")]
@@ -134,7 +134,8 @@ def _share_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
     return any(id(parameter) in known for parameter in b.parameters())
 
 
-def _lies_on(model: PreTrainedModel, devices: Devices) -> bool:
+def lies_on(model: PreTrainedModel, devices: Devices) -> bool:
+    """Whether a model need not be moved to be on devices."""
     return placed_devices(model) == devices or set(devices_of(model)) == set(devices)
 
 

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 from ..cache import PagedPrefixCache
 from ..decoding.messages import Window
 from ..decoding.policy import ForwardTimes
+from ..device_guard import synchronize
 from ..model_devices import input_device
 from ..parallel.cores import leaving_cores
+from ..parallel.graphs.cuda_graphs import CAPTURED_FROM, make_runner
 from ..parallel.lane import ModelLane
 
 SIZES = (1, 2, 4, 8)  # tokens of a forward
@@ -29,7 +31,7 @@ def measured_forward_times(model: PreTrainedModel, token_ids: Sequence[int], num
     """
     context = tuple(token_ids[: -max(SIZES)]) or tuple(token_ids[:1])
     cache = PagedPrefixCache(model.config, device=input_device(model))
-    lane = ModelLane(model, cache, prefix_cache=False)
+    lane = ModelLane(model, cache, prefix_cache=False, graphs=make_runner(model, cache))
     times = ForwardTimes()
     with leaving_cores() as cores, lane.ready():
         cores.leave(num_cores_left)
@@ -37,13 +39,16 @@ def measured_forward_times(model: PreTrainedModel, token_ids: Sequence[int], num
         lane.forward([Window(0, context, 1)])
         for size in SIZES:
             window = Window(0, context[-1:] * size, size)
+            for _ in range(CAPTURED_FROM):
+                _seconds(lane, window, len(context))
             times.record(size, statistics.median(_seconds(lane, window, len(context)) for _ in range(NUM_TIMES)))
     return times
 
 
 def _seconds(lane: ModelLane, window: Window, length: int) -> float:
     started = time.perf_counter()
-    lane.forward([window])  # It reads from the logits, so that a GPU is done at its end.
+    lane.forward([window])
+    synchronize(lane.device)
     seconds = time.perf_counter() - started
     lane.rollback(0, length)
     return seconds

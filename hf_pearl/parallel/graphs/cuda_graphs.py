@@ -37,6 +37,7 @@ logger = logging.get_logger(__name__)
 MAX_GRAPHS = 32  # of a lane; of more sizes than these, the one that was not used for longest is captured again
 MAX_CHAINS = 16  # likewise; a chain is several forwards
 CAPTURED_FROM = 2  # steps of one size: what comes but once is not worth a capture
+MAX_COUNTED = 1024  # kinds of steps whose number is known
 FIRST_TOKENS = 64  # of the first capture of all, so that the pool's memory has room for the smaller ones
 CAPTURE_TIMEOUT = 20.0  # seconds, for another lane's capture; when they are over, nobody waits until it has ended
 
@@ -222,6 +223,9 @@ class GraphRunner:
         return kind in self.chains
 
     def _comes_again(self, kind: Bounds | ChainKind) -> bool:
+        if len(self._num_steps) >= MAX_COUNTED:  # Every temperature is a kind of its own.
+            self._num_steps.clear()
+            self._refused.clear()
         self._num_steps[kind] += 1
         return self._num_steps[kind] >= CAPTURED_FROM
 

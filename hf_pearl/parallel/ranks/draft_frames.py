@@ -94,7 +94,8 @@ def unpack(words: Sequence[int]) -> Iterator[Part]:
             raise MalformedRecordError("a part of a draft's news that is none")
         kind, place, num_bytes = Kind(words[start]), words[start + 1], words[start + 2]
         start, end = start + 3, start + 3 - (-num_bytes // 8)
-        if not (0 <= place < _NUM_PLACES[kind] and 0 <= num_bytes <= _MOST_BYTES[kind] and end <= len(words)):
+        is_whole = num_bytes == 8 if kind is Kind.TIME else 0 <= num_bytes <= _MOST_BYTES[kind]
+        if not (0 <= place < _NUM_PLACES[kind] and is_whole and end <= len(words)):
             raise MalformedRecordError(f"{num_bytes} bytes at place {place} of a draft's {kind.name}")
         yield Part(kind, place, array("q", words[start:end]).tobytes()[:num_bytes])
         start = end

@@ -89,7 +89,7 @@ def _repeat(lane: ModelLane, operation: Operation, compares: bool, collectives: 
 
 def compare(lane: ModelLane, windows: Sequence[Window], collectives: Collectives) -> None:
     """Raise `PearlWorkerError` unless all ranks have the same new tokens and block tables."""
-    tables = {request_id: (each.length, each.block_table) for request_id, each in lane._sequences.items()}
+    tables = {request_id: (each.length, each.block_table) for request_id, each in lane.sequences.items()}
     text = repr((list(windows), sorted(tables.items()))).encode()
     digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
     digests = collectives.all_gather(torch.tensor([digest], device=lane.device)).tolist()

@@ -79,7 +79,7 @@ class LinkedDraft:
                 for part in unpack(words):
                     part.store(self.channel)
                 os.eventfd_write(self._news, 1)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # Whatever it is: nobody listens from here on.
             self.cut(str(error))
         os.eventfd_write(self._news, 1)
 

@@ -1,7 +1,7 @@
 """The collectives of ranks on one host, through shared memory: nothing listens, and nobody else can take part.
 
 torch's gloo takes 0.3 to 2 milliseconds for a small sum of two ranks on two cores (it hands every operation from thread
-to thread, over TCP); this takes 0.03. A model of 18 layers makes 37 of them in a forward.
+to thread, over TCP); this takes 0.03. A model of 18 layers makes 38 of them in a forward, one to gather logits.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 
 from transformers import LogitsProcessor, PreTrainedModel
 from transformers.utils import logging
@@ -40,8 +40,6 @@ class DraftWorker:
         Blocks that the worker's cache may have; may be set anew between calls.
     num_threads : int
         Threads of the worker's arithmetic; of a draft over several ranks, all have what `launch` gave them.
-    cores : sequence of int or None
-        Cores that the worker is pinned to; None: the last ones of this process's, if there are more.
     known_as : hashable or None
         The fingerprint of `model`, where it is known.
 
@@ -58,14 +56,13 @@ class DraftWorker:
         model: PreTrainedModel,
         cache_blocks: int,
         num_threads: int = 1,
-        cores: Sequence[int] | None = None,
         known_as: Hashable = None,
     ) -> None:
         self.cache_blocks = cache_blocks
         ranks = rank_model_of(model)  # It starts the others, on the same cores.
         self._num_threads = num_threads if ranks is None else ranks.num_threads
         self.num_cores = self._num_threads * (1 if ranks is None else ranks.size)
-        self._cores = cores_for_worker(self.num_cores) if cores is None else list(cores)
+        self._cores = cores_for_worker(self.num_cores)  # the last ones of this process's, if there are more
         self._num_calls = 0
         self._start(model, known_as or fingerprint(model))
 
