@@ -43,8 +43,7 @@ class PagedPrefixCache(BatchOfRows):
     """Paged keys and values of one model, for any number of sequences.
 
     Engines allocate sequences and run ragged steps over them (`PagedStep`). It is a transformers cache too: passed as
-    `cache=` (`past_key_values=` before transformers 5.24), it holds a batch of rows of one length, and every method
-    means what it means there.
+    `cache=` or `past_key_values=`, it holds a batch of rows of one length, and methods mean what they mean there.
 
     Parameters
     ----------
