@@ -37,6 +37,11 @@ class GenerateWithPearl(functools.partial[Any]):
 def enable(model: Any = None) -> None:
     """Give `generate` the argument `pearl`: of one model, or, without an argument, of every transformers model.
 
+    Parameters
+    ----------
+    model : PreTrainedModel, or one in a wrapper of PEFT's or `torch.compile`'s, optional
+        The model; None: all, those that are loaded already among them.
+
     Raises
     ------
     TypeError

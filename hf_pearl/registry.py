@@ -110,6 +110,8 @@ def release(model: PreTrainedModel) -> None:
 
     Raises
     ------
+    TypeError
+        `model` is no transformers model that can generate.
     RuntimeError
         A callback of a running call asks for it; calls of other threads are waited for.
     """
@@ -133,6 +135,8 @@ def clear_cache(model: PreTrainedModel) -> None:
 
     Raises
     ------
+    TypeError
+        `model` is no transformers model that can generate.
     RuntimeError
         A callback of a running call asks for it; calls of other threads are waited for.
     """

@@ -85,6 +85,11 @@ def simulate(
     target_forward : callable
         Seconds of a target forward over so many tokens.
 
+    Returns
+    -------
+    SimulatedTimes
+        Seconds of every schedule, all traces together.
+
     Raises
     ------
     TypeError, ValueError

@@ -29,7 +29,15 @@ _CURE = "Take what `record_traces` returns."
 
 
 class Trace(NamedTuple):
-    """What the target said behind a prompt, and what the draft would have guessed at each position of that."""
+    """What the target said behind a prompt, and what the draft would have guessed at each position of that.
+
+    Attributes
+    ----------
+    prompt_ids : tuple of int
+        The prompt, without padding.
+    guesses : tuple of TracedGuess
+        One for each position behind it, in order.
+    """
 
     prompt_ids: tuple[int, ...]
     guesses: tuple[TracedGuess, ...]
@@ -47,12 +55,21 @@ def record_traces(
 
     Parameters
     ----------
+    target, draft : PreTrainedModel
+        The pair; neither needs to be enabled.
     prompts : sequence of sequence of int
         Token ids, without padding.
+    max_new_tokens : int
+        Behind each prompt.
     temperature : float
         0 is greedy.
     seed : int
         Of the noise that both models sample with.
+
+    Returns
+    -------
+    list of Trace
+        One for each prompt, in order.
 
     Raises
     ------

@@ -48,7 +48,7 @@ class PagedPrefixCache(BatchOfRows):
     Parameters
     ----------
     config : PreTrainedConfig
-        The model's; tells the number of layers.
+        The model's; `PearlUnsupportedModelError` where its layers keep anything but keys and values.
     max_blocks : int, optional
         Blocks there may be; by default as many as fit into a share of the memory there is.
     block_size : int
@@ -213,7 +213,7 @@ class PagedPrefixCache(BatchOfRows):
         return sequence.copy()
 
     def rollback(self, sequence: PagedSequence, length: int) -> None:
-        """Drop every token from position `length` on."""
+        """Drop every token from position `length` on; raises `ValueError` where there is none."""
         if not 0 <= length <= sequence.length:
             raise ValueError(f"`length` must be between 0 and {sequence.length}, got {length}.")
         sequence.length = length

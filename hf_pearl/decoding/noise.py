@@ -39,12 +39,17 @@ def philox4x32(
 ) -> tuple[Words, Words, Words, Words]:
     """Philox4x32-10: four random 32-bit words for every 128-bit counter.
 
-    Args:
-        counter: Four int64 arrays or four int64 tensors of 32-bit values, of shapes that broadcast.
-        key: Two 32-bit words, or two such arrays or tensors.
+    Parameters
+    ----------
+    counter : tuple of arrays or tensors
+        Four int64 ones of 32-bit values, of shapes that broadcast.
+    key : tuple
+        Two 32-bit words, or two such arrays or tensors.
 
-    Returns:
-        Four int64 arrays or tensors of 32-bit values, of the broadcast shape.
+    Returns
+    -------
+    tuple of arrays or tensors
+        Four int64 ones of 32-bit values, of the broadcast shape.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -73,16 +78,30 @@ def gumbel_noise(
     (low word first) as key. A smaller vocabulary's noise begins a larger one's: draft and target may pad differently.
     Values lie in [-3.14, 22.88]: the upper tail, which decides the argmax, is `v` near 0 and cut at 2**-33 only.
 
-    Args:
-        seed: The request's seed, in [0, 2**64).
-        first_position: Absolute position without padding; all positions lie in [0, 2**32).
-        num_positions: `P`, may be 0.
-        vocab_size: `V`, at least 1.
-        device: Where the noise is wanted.
-        stream: Independent noise for the same positions, in [0, 2**32).
+    Parameters
+    ----------
+    seed : int
+        The request's seed, in [0, 2**64).
+    first_position : int
+        Absolute position without padding; all positions lie in [0, 2**32).
+    num_positions : int
+        `P`, may be 0.
+    vocab_size : int
+        `V`, at least 1.
+    device : torch.device or str
+        Where the noise is wanted.
+    stream : int
+        Independent noise for the same positions, in [0, 2**32).
 
-    Returns:
+    Returns
+    -------
+    torch.Tensor
         `(P, V)`, float32.
+
+    Raises
+    ------
+    ValueError
+        A number that is out of its range.
     """
     _check_source(seed, vocab_size, stream)
     _check_range("first_position", first_position, 0, 2**32)

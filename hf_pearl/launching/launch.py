@@ -30,7 +30,7 @@ def launch(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> LaunchedPair:
-    """Load a pair of models, each over as many ranks as it needs, and start these.
+    """Load a pair of models, each over as many ranks as it needs, and start these; `close` it, or use it in a `with`.
 
     A rank is a process with its part of the weights (tensor parallel), which it alone reads. This process is the
     target's first rank. Works from a script, with or without a main guard, `python -c`, standard input and notebooks.

@@ -151,6 +151,11 @@ def plan(
     measured : Tuning or None
         What `hf_pearl.tune` found for the pair on such a device; else times and acceptance are estimated.
 
+    Returns
+    -------
+    Plan
+        Devices and bytes of each model, and why; `print(plan)` says it in words.
+
     Raises
     ------
     ValueError, TypeError

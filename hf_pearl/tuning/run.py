@@ -45,6 +45,8 @@ def tune(
 
     Parameters
     ----------
+    target, draft : PreTrainedModel
+        The pair; neither needs to be enabled.
     prompts : sequence
         Token ids of each prompt, without padding: a sequence of int, or a tensor `(length,)` or `(1, length)`, int64.
         They should be such as will be decoded: acceptance depends on the text.
