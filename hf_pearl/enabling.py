@@ -15,6 +15,7 @@ from .config import PearlConfig
 from .forks import in_forked_children
 from .generation import pearl_generate
 from .models import generative_model
+from .registry import release
 
 _lock = threading.Lock()
 
@@ -89,6 +90,16 @@ def enabled(model: Any) -> Iterator[None]:
             vars(inner).pop("generate", None)
         else:
             inner.generate = before
+
+
+@contextmanager
+def measuring(model: Any) -> Iterator[None]:
+    """`enabled`, and at the end nothing is held for the model any more: what is measured next begins cold."""
+    with enabled(model):
+        try:
+            yield
+        finally:
+            release(model)
 
 
 def _is_enabled(model: Any) -> bool:

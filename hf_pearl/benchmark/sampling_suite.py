@@ -23,10 +23,9 @@ from transformers import PreTrainedModel
 from ..config import PearlConfig
 from ..decoding.noise import ACCEPT_STREAM, DRAFT_STREAM, RESIDUAL_STREAM, SHARED_STREAM, gumbel_noise, request_seed
 from ..decoding.rejection import correct, stands
-from ..enabling import disable, enable
+from ..enabling import measuring
 from ..option_types import writable_file
 from ..pair import PROMPTS, load_demo_pair
-from ..registry import release
 from .machine import describe_machine, describe_versions
 from .recording import write_json
 from .sampling_table import FORESEEN, sampling_table
@@ -211,13 +210,8 @@ def main() -> None:
     texts = [json.loads(line)["turns"][0] for line in PROMPTS.read_text("utf-8").splitlines()]
     chosen = [texts[index * len(texts) // NUM_PROMPTS] for index in range(NUM_PROMPTS)]
     prompts = [tokenizer(text, return_tensors="pt").input_ids for text in chosen]
-    enable(target)
-    try:
-        with tqdm(total=len(TEMPERATURES) * NUM_RUNS, unit="run", leave=False) as bar:
-            measured = [measure_sampling((target, draft), prompts, each, bar.update) for each in TEMPERATURES]
-    finally:
-        disable(target)
-        release(target)
+    with measuring(target), tqdm(total=len(TEMPERATURES) * NUM_RUNS, unit="run", leave=False) as bar:
+        measured = [measure_sampling((target, draft), prompts, each, bar.update) for each in TEMPERATURES]
     figures = {
         "temperatures": measured,
         "num_runs": NUM_RUNS,

@@ -32,9 +32,8 @@ from ..benchmark.heavier import heavier
 from ..benchmark.plot import MISSING, is_matplotlib_available, plot
 from ..benchmark.recording import describe_model, described, figures, measure_with_progress, write_json
 from ..benchmark.untrained import untrained
-from ..enabling import disable, enable
+from ..enabling import measuring
 from ..option_types import at_least_one, png_file, positive_int, writable_file, writable_folder
-from ..registry import release
 from .command_line import (
     EMBEDDED,
     UsageError,
@@ -114,12 +113,8 @@ def run_generation(args: argparse.Namespace) -> int:
         raise UsageError(f"--plot {args.plot}: {MISSING}")
     measured = []
     for cost, workload in _workloads(args, args.batch_size):
-        enable(workload.target)
-        try:
+        with measuring(workload.target):
             measurement = measure_with_progress(workload, UNTRAINED if args.untrained_draft else BENCH, args.runs)
-        finally:
-            disable(workload.target)
-            release(workload.target)
         measured.append({**figures(measurement), "target_cost": cost, "untrained_draft": args.untrained_draft})
         print(f"\n{title(measured[-1])}\n", table(measurement), "", *notes(measurement), sep="\n", flush=True)
         if args.json_folder is not None:
@@ -225,13 +220,11 @@ def run_efficiency(args: argparse.Namespace) -> int:
     """Measure how near every combination of cost and temperature comes to its ideal, a prompt at a time."""
     measured: list[dict[str, Any]] = []
     for cost, workload in _workloads(args, [1]):
-        enable(workload.target)
-        try:
-            with tqdm(total=num_profiles(workload, args.runs), unit="call", desc="measuring", leave=False) as bar:
-                found = measure_efficiency(workload, args.runs, bar.update)
-        finally:
-            disable(workload.target)
-            release(workload.target)
+        with (
+            measuring(workload.target),
+            tqdm(total=num_profiles(workload, args.runs), unit="call", desc="measuring", leave=False) as bar,
+        ):
+            found = measure_efficiency(workload, args.runs, bar.update)
         measured.append({"target_cost": cost, "temperature": workload.temperature, **found})
     saved = {
         "efficiencies": measured,
@@ -256,12 +249,8 @@ def run_handover(args: argparse.Namespace) -> int:
     ((_, workload),) = _workloads(args, [1])
     handovers = measure_handovers(workload.draft, args.steps)
     methods = SAMPLED_METHODS if workload.temperature else METHODS
-    enable(workload.target)
-    try:
+    with measuring(workload.target):
         measurement = measure_with_progress(workload, methods, args.runs)
-    finally:
-        disable(workload.target)
-        release(workload.target)
     saved = {"handovers": handovers, "num_steps": args.steps, **figures(measurement)}
     print(handover_table(saved))
     if args.json is not None:

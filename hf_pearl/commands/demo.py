@@ -21,9 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..benchmark import DEMO, PEARL, Measurement, Workload, complete, notes, table, warm_up
 from ..benchmark.recording import describe_model, figures, measure_with_progress, write_json
-from ..enabling import disable, enable
+from ..enabling import measuring
 from ..option_types import positive_int, writable_file
-from ..registry import release
 from ..streaming import DRAFTED, PLAIN, VerifiedStreamer
 from .command_line import add_pair_options, add_workload_options, load_pair, make_workload
 
@@ -44,13 +43,9 @@ def run(args: argparse.Namespace) -> int:
     target, draft, tokenizer = pair = load_pair(args)
     workload = make_workload(args, pair)
     print(f"target: {describe_model(target)}\ndraft:  {describe_model(draft)}\n")
-    enable(target)
-    try:
+    with measuring(target):
         stream_completion(workload, tokenizer)
         measurement = measure_with_progress(workload, DEMO, args.runs)
-    finally:
-        disable(target)
-        release(target)
     print(table(measurement), "", *notes(measurement), sep="\n")
     if args.json is not None:
         write_json(args.json, figures(measurement) | speedups(measurement))

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..cache import PagedPrefixCache
 from ..decoding.messages import Window
 from ..model_devices import input_device
+from ..planning.planner import ASSUMED_ACCEPTANCE, expected_tokens
 from .cores import available_cores, leaving_cores
 from .lane import ModelLane
 from .ranks.models import link_of, rank_model_of
@@ -25,7 +26,6 @@ logger = logging.get_logger(__name__)
 MAX_SECONDS = 1.5  # after which nothing more is tried; what has begun then takes its time
 NUM_RUNS = 3  # of which the fastest counts: beside other load nothing is faster than it is
 NUM_CONTEXT, NUM_VERIFIED = 16, 4  # tokens before a forward, and tokens of one of the target
-ACCEPTANCE = 0.8  # of a guess: that of pairs for which PEARL is made
 MIN_GAIN = 1.05  # times as fast with twice as many threads of the draft, or it has fewer
 
 Seconds = tuple[float, float]  # of a draft step, and of a target forward beside it
@@ -68,13 +68,8 @@ def best_split(seconds: Callable[[int], Seconds], most: int, clock: Callable[[],
 
 
 def expected_rate(draft_step: float, target_forward: float) -> float:
-    """Tokens per second of overlapping lanes: a forward verifies what was drafted beside the one before.
-
-    Of `n` guesses, each of which stands with chance `a` if the one before does, come `(1 - a ** (n + 1)) / (1 - a)`
-    tokens (Leviathan et al. 2023, arXiv 2211.17192, equation 1); `n` need not be whole here.
-    """
-    num_guesses = target_forward / draft_step
-    return (1.0 - ACCEPTANCE ** (num_guesses + 1.0)) / (1.0 - ACCEPTANCE) / target_forward
+    """Tokens per second of overlapping lanes: a forward verifies what was drafted beside the one before."""
+    return expected_tokens(target_forward / draft_step, ASSUMED_ACCEPTANCE) / target_forward
 
 
 class _Trial:

@@ -21,6 +21,14 @@ LAYER_SECONDS = 20e-6  # of a layer's dozen kernels beside what it reads
 ALL_REDUCE_SECONDS = 10e-6  # two a layer between the devices of a tensor-parallel lane
 
 
+def expected_tokens(num_guesses: float, acceptance: float) -> float:
+    """Tokens of a forward over guesses of which each stands with this chance if the one before does.
+
+    Leviathan et al. 2023 (arXiv 2211.17192), equation 1; `num_guesses` need not be whole here.
+    """
+    return (1.0 - acceptance ** (num_guesses + 1.0)) / (1.0 - acceptance)
+
+
 class Share(NamedTuple):
     """What one lane takes of one device, in bytes."""
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..cache.sizing import CUDA_SHARE
 from .footprint import Footprint
-from .planner import ALL_REDUCE_SECONDS, ASSUMED_ACCEPTANCE, ASSUMED_BANDWIDTH, forward_seconds
+from .planner import ALL_REDUCE_SECONDS, ASSUMED_ACCEPTANCE, ASSUMED_BANDWIDTH, expected_tokens, forward_seconds
 from .topology import Device
 
 
@@ -72,15 +72,11 @@ def tensor_parallel_split(
             if num_tokens < min_tokens:
                 continue
             times = [_seconds(lane, size, bandwidth, seen) for (lane, size), seen in zip(lanes, measured, strict=True)]
-            rate = _yield(times[0] / times[1], acceptance) / times[0]
+            rate = expected_tokens(times[0] / times[1], acceptance) / times[0]
             if best is None or rate > best.tokens_per_second:
                 held = [_bytes(lane, size) for lane, size in lanes]
                 best = TensorParallelSplit(*sizes, held[0], held[1], num_tokens, times[0], times[1], rate)
     return best
-
-
-def _yield(ratio: float, acceptance: float) -> float:
-    return (1 - acceptance ** (ratio + 1)) / (1 - acceptance)
 
 
 def _seconds(lane: Footprint, size: int, bandwidth: float, measured: float | None) -> float:

@@ -15,9 +15,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ...enabling import disable, enable
+from ...enabling import measuring
 from ...pair import PROMPTS, load_demo_pair
-from ...registry import release
 from ..completion import Workload
 from ..heavier import heavier_to
 from ..measurement import measure
@@ -79,12 +78,8 @@ def measure_pair(
     workload = Workload(target, draft, prompts, asked.max_new_tokens, batch_size=asked.batch_size)
     own_steps = _own_steps(draft, target, asked.batch_size, bandwidth, attempt)
     free_memory()  # of the lanes that made them
-    enable(target)
-    try:
+    with measuring(target):
         measurement = measure(workload, methods(asked.batch_size), asked.num_runs, unattended=True)
-    finally:
-        disable(target)
-        release(target)
     wrong = {each.name: each.error for each in measurement.results if each.method.is_ours and each.error}
     return {
         "draft": describe(draft),
