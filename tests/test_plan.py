@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from models import command_in_process, enabled_for_tiny_models, tiny_model
-from transformers import GPT2Config, LlamaConfig, MixtralConfig, T5Config
+from transformers import GPT2Config, GPTBigCodeConfig, GPTBigCodeForCausalLM, LlamaConfig, MixtralConfig, T5Config
 
 import hf_pearl
 from hf_pearl import PearlConfig, load_demo_pair
@@ -162,6 +162,13 @@ def test_a_footprint_is_that_of_the_model(seed: int) -> None:
     tied = tiny_model("llama", seed, dtype=torch.bfloat16, tie_word_embeddings=True)
     tied.tie_weights()
     assert Footprint.of(tied).weights == Footprint.of(tied).read < found.weights
+
+
+def test_heads_that_share_one_key_are_counted_as_one() -> None:
+    config = GPTBigCodeConfig(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    found = Footprint.of(GPTBigCodeForCausalLM(config))
+    assert found.num_kv_heads == 1
+    assert found.cache_per_token == 2 * 2 * 8 * 4  # keys and values, layers, the head's size, bytes
 
 
 def test_a_forward_reads_the_experts_that_it_is_sent_to(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..cache import PagedPrefixCache
 from ..cache.attention import paged_attention
-from ..cache.sizing import DEFAULT_BLOCK_SIZE
+from ..cache.sizing import DEFAULT_BLOCK_SIZE, CacheNeeds
 from ..compat import cache_argument
 from ..decoding.messages import Window
 from ..device_guard import synchronize
@@ -228,10 +228,9 @@ def random_dynamic_cache(model: PreTrainedModel, batch: int, length: int) -> Dyn
 
 def _random_states(model: PreTrainedModel, batch: int, length: int) -> Iterator[torch.Tensor]:
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_heads, dim, _ = CacheNeeds.of(model).heads
     for _ in range(config.num_hidden_layers):
-        yield torch.randn(batch, heads, length, dim, dtype=model.dtype, device=model.device)
+        yield torch.randn(batch, num_heads, length, dim, dtype=model.dtype, device=model.device)
 
 
 def _left_padded_step(model: PreTrainedModel, lengths: list[int], context: int) -> dict[str, torch.Tensor]:

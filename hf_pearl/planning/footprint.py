@@ -52,7 +52,8 @@ class Footprint(NamedTuple):
         """
         config = model.config.get_text_config()
         found = sum(parameter.nbytes for parameter in model.parameters())  # tied ones come once
-        per_token, logits = _working_per_token(model, config)
+        needs = CacheNeeds(model.config, _dtype(model), torch.device("cpu"), eight_bit_cache)
+        per_token, logits = _working_per_token(model, config, needs.heads)
         longest = getattr(config, "max_position_embeddings", None) or MAX_TOKENS_PER_FORWARD
         num_tokens = min(longest, MAX_TOKENS_PER_FORWARD)
         mask = num_tokens**2 * _dtype(model).itemsize
@@ -60,13 +61,11 @@ class Footprint(NamedTuple):
         return cls(
             weights=weights,
             read=weights * _read(model, config) // max(found, 1),
-            cache_per_token=CacheNeeds(
-                model.config, _dtype(model), torch.device("cpu"), eight_bit_cache
-            ).bytes_per_block(1),
+            cache_per_token=needs.bytes_per_block(1),
             working=num_tokens * per_token + mask + GRAPH_TOKENS * logits,
             graphs=GRAPH_TOKENS * (per_token + logits),
             num_layers=config.num_hidden_layers,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            num_kv_heads=needs.heads[0],
         )
 
 
@@ -89,12 +88,14 @@ def _read(model: PreTrainedModel, config: Any) -> int:
     return int(read)
 
 
-def _working_per_token(model: PreTrainedModel, config: Any) -> tuple[int, int]:
-    """Bytes of a token's vectors that exist at once in a layer, and of its logits with what is made of them."""
+def _working_per_token(model: PreTrainedModel, config: Any, heads: tuple[int, int, int]) -> tuple[int, int]:
+    """Bytes of a token's vectors that exist at once in a layer, and of its logits with what is made of them.
+
+    `heads` are those of its cache.
+    """
     hidden = config.hidden_size
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    attention = head_dim * (2 * config.num_attention_heads + 2 * kv_heads)
+    num_kv_heads, key_dim, value_dim = heads
+    attention = (key_dim + value_dim) * (config.num_attention_heads + num_kv_heads)
     inner = (getattr(config, "intermediate_size", None) or 4 * hidden) * (
         getattr(config, "num_experts_per_tok", None) or 1
     )
