@@ -95,8 +95,8 @@ class PearlEngine:
         tuple
             The requests, in the order of `prompts`, and what happened.
         """
-        with self.turns.call() as is_inside, turns(target, draft):
-            if is_inside:  # Caches and draft are the outer call's.
+        with self.turns.turn(), turns(target, draft):
+            if self.turns.is_running:  # A callback calls: caches and draft are the outer call's.
                 return PearlEngine().decode(target, None, prompts, rules, config, call_seed)
             started = time.perf_counter()
             self._prepare_caches(target, draft, config)
@@ -108,6 +108,7 @@ class PearlEngine:
             target_lane = self._lane("target", target, config)
             with (
                 KeptInterrupts() as interrupts,
+                self.turns.call(),
                 self._sound_caches(),
                 target_lane.ready(),
                 on_lane_stream(target_lane.device),

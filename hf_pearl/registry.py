@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +13,7 @@ from transformers.utils import logging
 
 from .config import PearlConfig
 from .engine import PearlEngine
+from .errors import first_line
 from .forks import in_forked_children
 from .models import generative_model
 from .parallel.placement import check_loaded, lies_on, move, put_back, wanted_moves
@@ -90,23 +92,36 @@ def place(target: PreTrainedModel, draft: PreTrainedModel | None, config: PearlC
     moves = wanted_moves(target, draft, config)
     if moves:
         engine_for(target, draft)  # So that another first call of this pair waits for the move of this one.
-    for model, devices, why in moves:
-        with ExitStack() as calls:
-            engines = sorted(engines_of(model), key=id)  # In one order, so that nobody waits for a waiting one.
-            for engine in engines:
-                calls.enter_context(engine.turns.between_calls("A move to other devices"))
+    for model, devices, why, is_asked in moves:
+        with _between_calls(model, "A move to other devices") as engines:
             if lies_on(model, devices):
                 continue
             logger.info(f"{type(model).__name__} moves to {', '.join(map(str, devices))}: {why}.")
             for engine in engines:
                 engine.begin_anew()
-            move(model, devices)
+            try:
+                move(model, devices)
+            except torch.OutOfMemoryError as error:
+                if is_asked:
+                    raise
+                logger.warning(f"{type(model).__name__} stays where it is: {first_line(error)}")
+
+
+@contextmanager
+def _between_calls(model: PreTrainedModel, what: str) -> Iterator[list[PearlEngine]]:
+    """The scope of what no call with `model` may be under way for; yields its engines."""
+    engines = sorted(engines_of(model), key=id)  # In one order, so that nobody waits for a waiting one.
+    with ExitStack() as calls:
+        for engine in engines:
+            calls.enter_context(engine.turns.between_calls(what))
+        yield engines
 
 
 def release(model: PreTrainedModel) -> None:
     """Give back all that hf_pearl holds for `model` as target or draft: caches, worker processes, devices.
 
-    Models that were moved, it or its partners, go back to where they were unless another pair uses them.
+    Models that were moved, it or its partners, go back to where they were unless another pair uses them, or a call of
+    another thread that waits for its turn.
 
     Raises
     ------
@@ -115,17 +130,19 @@ def release(model: PreTrainedModel) -> None:
     RuntimeError
         A callback of a running call asks for it; calls of other threads are waited for.
     """
-    for engine in engines_of(model):
-        engine.close()
     model = generative_model(model)
-    with _here.lock:
-        drafted = _here.drafted
-        partners = [*drafted.get(model, ()), *(target for target, drafts in drafted.items() if model in drafts)]
-        for engines in (_here, *_inherited):
-            engines.forget(model)
-    for each in (model, *partners):
-        if not engines_of(each):
-            put_back(each)
+    with _between_calls(model, "`release`") as engines:
+        for engine in engines:
+            engine.close()
+        with _here.lock:
+            drafted = _here.drafted
+            partners = [*drafted.get(model, ()), *(target for target, drafts in drafted.items() if model in drafts)]
+            for process in (_here, *_inherited):
+                process.forget(model)
+        if not any(engine.turns.is_waited_for for engine in engines):
+            for each in (model, *partners):
+                if not engines_of(each):
+                    put_back(each)
 
 
 def clear_cache(model: PreTrainedModel) -> None:

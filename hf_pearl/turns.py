@@ -10,40 +10,76 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+SAID_AFTER_SECONDS = 60.0
+
 
 class Turns:
-    """Scopes that threads enter one after the other. One thread can be in several: callbacks may call, too."""
+    """Scopes that threads enter one after the other. One thread can be in several: callbacks may call, too.
+
+    Attributes
+    ----------
+    is_running : bool
+        Whether a call is under way: to whoever has a turn, one that a callback of its own thread's interrupts.
+    """
 
     def __init__(self) -> None:
+        self.is_running = False
         self._lock = threading.RLock()
-        self._num_calls = 0
+        self._waiting: set[int] = set()  # threads
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether another thread waits for its turn."""
+        return bool(self._waiting)
 
     @contextmanager
-    def call(self) -> Iterator[bool]:
-        """The scope of a call of `generate`; yields whether a callback of another one makes it."""
-        with self._lock:
-            is_inside = self._num_calls > 0
-            if is_inside:
-                logger.info_once(
-                    "A call by a callback of another one on its pair has a cache of its own, and no draft."
+    def turn(self) -> Iterator[None]:
+        """What other threads wait for the end of; as long as that takes, which is said."""
+        thread = threading.get_ident()
+        self._waiting.add(thread)
+        notice = self._notice(thread) if self.is_running else None
+        try:
+            with self._lock:
+                self._waiting.discard(thread)
+                yield
+        finally:
+            self._waiting.discard(thread)
+            if notice is not None:
+                notice.cancel()
+
+    def _notice(self, thread: int) -> threading.Timer:
+        def say() -> None:
+            if thread in self._waiting:
+                logger.warning(
+                    f"A call has waited for {SAID_AFTER_SECONDS:g} s for one of another thread on the same pair of "
+                    "models. They take turns: where a callback of that one waits for this one, neither ends."
                 )
-            self._num_calls += 1
-            try:
-                yield is_inside
-            finally:
-                self._num_calls -= 1
+
+        timer = threading.Timer(SAID_AFTER_SECONDS, say)
+        timer.daemon = True
+        timer.start()
+        return timer
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """The scope of a call, inside its turn; to be entered and left where no interrupt can come."""
+        self.is_running = True
+        try:
+            yield
+        finally:
+            self.is_running = False
 
     @contextmanager
     def between_calls(self, what: str) -> Iterator[None]:
-        """The scope of what no call may be under way for, as the user knows it.
+        """A turn for what no call may be under way for, as the user knows it.
 
         Raises
         ------
         RuntimeError
             A callback of a running call asks for it.
         """
-        with self._lock:
-            if self._num_calls:
+        with self.turn():
+            if self.is_running:
                 raise RuntimeError(
                     f"{what} was asked for by a callback (a streamer, processor or criterion) of a running `generate` "
                     "with the same model. Ask for it after that call."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,7 @@ from models import (
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 import hf_pearl
-from hf_pearl import PearlConfig, PearlOutOfBlocksError, registry
+from hf_pearl import PearlConfig, PearlOutOfBlocksError, registry, turns
 from hf_pearl.cache.prefix_index import num_shared
 from hf_pearl.engine import PearlEngine
 
@@ -263,6 +264,67 @@ def test_a_callback_may_call_generate_on_the_same_pair(
     assert torch.equal(inside.got.sequences, of_others)
     assert inside.got.pearl.execution == "none", "the draft is busy with the call outside"
     assert_nothing_held(target)
+
+
+def test_a_call_that_waits_long_for_one_of_another_thread_says_so(
+    target: PreTrainedModel, draft: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may wait for one whose callback waits for it."""
+    monkeypatch.setattr(turns, "SAID_AFTER_SECONDS", 0.05)
+    arguments = {**random_prompts(random.Random(15), 1, (5,)), "max_new_tokens": 9, "do_sample": False}
+    expected, outputs = target.generate(**arguments), []
+    arguments |= {"assistant_model": draft, "pearl": PearlConfig(execution="inline")}
+
+    def call_elsewhere() -> None:
+        thread = threading.Thread(target=lambda: outputs.append(target.generate(**arguments)))
+        thread.start()
+        deadline = time.monotonic() + TIMEOUT
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.01)
+        threads.append(thread)
+
+    threads: list[threading.Thread] = []
+    with expected_warnings() as said:
+        criteria = StoppingCriteriaList([Calling(call_elsewhere)])
+        outputs.append(target.generate(**arguments, stopping_criteria=criteria))
+    threads[0].join(TIMEOUT)
+    assert said and all("has waited for 0.05 s for one of another thread" in each for each in said)
+    assert [each.tolist() for each in outputs] == [expected.tolist()] * 2
+
+
+def test_release_leaves_the_models_of_a_call_that_waits_where_they_are(
+    target: PreTrainedModel, draft: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has placed them before it came to wait."""
+    put_back: list[PreTrainedModel] = []
+    monkeypatch.setattr(registry, "put_back", put_back.append)
+    engine = registry.engine_for(target, draft)
+
+    def wait_for_turn() -> None:
+        with engine.turns.turn():
+            pass
+
+    thread = threading.Thread(target=wait_for_turn)
+    with engine.turns.turn():
+        thread.start()
+        while not engine.turns.is_waited_for:
+            time.sleep(0.01)
+        hf_pearl.release(draft)
+    thread.join(TIMEOUT)
+    assert put_back == []
+    registry.engine_for(target, draft)
+    hf_pearl.release(draft)
+    assert put_back == [draft, target]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_calls_with_different_salts_share_nothing(same: bool, target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    inputs = random_prompts(random.Random(16), 1, (64,))
+    for salt in ("a", "a" if same else "b"):
+        _, output = assert_equal(
+            target, draft, inputs, PearlConfig(execution="inline", cache_salt=salt), max_new_tokens=5
+        )
+    assert (output.pearl.prefilled_tokens, output.pearl.draft_prefilled_tokens) == ((1, 1) if same else (64, 64))
 
 
 def test_a_call_by_a_callback_leaves_the_cache_of_the_outer_one(target: PreTrainedModel) -> None:

@@ -475,6 +475,23 @@ def test_no_rank_is_left_of_a_launch_that_fails(saved: Saved, monkeypatch: pytes
     del kept
 
 
+def test_a_callback_cannot_close_the_pair_that_it_is_called_by(saved: Saved) -> None:
+    """The ranks are in the midst of the call."""
+    errors: list[RuntimeError] = []
+
+    def close() -> None:
+        with pytest.raises(RuntimeError, match=r"asked for by a callback.*after that call") as caught:
+            pair.close()
+        errors.append(caught.value)
+
+    expected = saved.expected().sequences.tolist()
+    with hf_pearl.launch(saved.folders[0], target_tp=2, dtype=torch.float64) as pair:
+        processors = LogitsProcessorList([AtToken(3, close)])
+        assert generate(pair, saved.inputs, logits_processor=processors).sequences.tolist() == expected
+        assert generate(pair, saved.inputs).sequences.tolist() == expected
+    assert len(errors) == 1
+
+
 def test_a_closed_pair_starts_nothing(saved: Saved) -> None:
     expected, before = saved.expected().sequences.tolist(), set(psutil.Process().children())
     pair = saved.launch(1, 1)

@@ -23,6 +23,7 @@ from models import (
     assert_nothing_held,
     assert_varied,
     enabled_for_tiny_models,
+    expected_warnings,
     make_draft,
     noisy_copy,
     random_prompts,
@@ -331,6 +332,25 @@ def test_of_two_first_calls_of_a_pair_one_moves_its_draft(seed: int, monkeypatch
     for thread in threads:
         thread.join(60.0)
     assert moved == [draft]
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_a_device_without_room_ends_a_call_only_if_it_was_asked_for(
+    is_asked: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was free when "auto" looked may be taken when it moves."""
+    target, draft = tiny_model("llama", seed), tiny_model("llama", seed + 1)
+
+    def move(model: PreTrainedModel, devices: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory on cuda:1\nmore of it")
+
+    moves = [placement.Move(draft, (CPU,), "a test asks for it", is_asked)]
+    monkeypatch.setattr(registry, "wanted_moves", lambda *args: moves)
+    monkeypatch.setattr(registry, "lies_on", lambda model, devices: False)
+    monkeypatch.setattr(registry, "move", move)
+    with pytest.raises(torch.OutOfMemoryError) if is_asked else expected_warnings() as said:
+        registry.place(target, draft, PearlConfig())
+    assert is_asked or said == ["LlamaForCausalLM stays where it is: out of memory on cuda:1"]
 
 
 @pytest.mark.parametrize("which", ["target", "assistant_model"])

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 import hf_pearl
 from hf_pearl import PearlConfig
 from hf_pearl.decoding.messages import MAX_TREE_TOKENS, Admission, TokenTree, Verdict
+from hf_pearl.parallel.ranks.shared_collectives import Table
 from hf_pearl.parallel.workers import descriptors, records, shared_memory
 from hf_pearl.parallel.workers.draft_workers import DraftWorker
 from hf_pearl.parallel.workers.processor_specs import decode_processors
@@ -119,9 +120,10 @@ def listening() -> set[str]:
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_nothing_listens_while_a_call_runs(execution: str, target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    hf_pearl.release(target)
+    before, seen = listening(), []
     if execution == "processes":
         worker_of(target, draft)
-    before, seen = listening(), []
     output = call(
         target, draft, execution, stopping_criteria=StoppingCriteriaList([Once(lambda: seen.append(listening()))])
     )
@@ -403,6 +405,21 @@ def test_a_worker_gone_mad_changes_no_token(target: PreTrainedModel, draft: PreT
 @pytest.mark.slow
 def test_fifty_workers_gone_mad_change_no_token(target: PreTrainedModel, draft: PreTrainedModel, seed: int) -> None:
     check_scribbling(target, draft, 50, random.Random(seed))
+
+
+def test_a_worker_cannot_cut_off_memory_that_the_engine_has_mapped(
+    target: PreTrainedModel, draft: PreTrainedModel
+) -> None:
+    """To read behind its end would end this process."""
+    descriptors = worker_of(target, draft)._process._descriptors
+    table = Table(2)
+    sizes = {name: os.fstat(descriptors[name]).st_size for name in ("channel", "weights")}
+    for descriptor in (*(descriptors[name] for name in sizes), table.seat(1).descriptors[0]):
+        for num_bytes in (0, 2**30):
+            with pytest.raises(PermissionError):
+                os.ftruncate(descriptor, num_bytes)
+    table.close()
+    assert all(sizes.values())
 
 
 # -- the document -------------------------------------------------------------------------------------------------

@@ -54,16 +54,19 @@ class LaunchedPair:
     def close(self) -> None:
         """End all ranks and workers; harmless to repeat. Garbage collection does the same.
 
+        A callback of a running call cannot (`RuntimeError`).
+
         A target in one piece is an ordinary model then, without PEARL.
         """
+        models = [model for model in (self.target, self.draft) if model is not None]
+        for model in models:  # Refused inside a call: nothing has changed then.
+            release(model)
         if not self._is_closed:
             self._is_closed = True
             if is_whole(self.target):
                 disable(self.target)
-        for model in (self.target, self.draft):
-            if model is not None:
-                release(model)
-                close_ranks(model)
+        for model in models:
+            close_ranks(model)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

@@ -46,11 +46,12 @@ class Placed(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A model that is to be moved, and why."""
+    """A model that is to be moved, why, and whether its user asks for it."""
 
     model: PreTrainedModel
     devices: Devices
     why: str
+    is_asked: bool = True
 
 
 _placed: weakref.WeakKeyDictionary[torch.nn.Module, Placed] = weakref.WeakKeyDictionary()
@@ -158,7 +159,7 @@ def _automatic(target: PreTrainedModel, draft: PreTrainedModel, target_devices: 
     if chosen is None or set(chosen) <= set(draft_devices):
         return []
     why = "to draft while the target verifies" if is_on_gpu else "its target is on a GPU"
-    return [Move(draft, chosen, why)]
+    return [Move(draft, chosen, why, is_asked=False)]
 
 
 def stays(draft: PreTrainedModel, target_devices: Sequence[torch.device]) -> bool:
@@ -217,10 +218,11 @@ def move(model: PreTrainedModel, devices: Devices) -> None:
 def put_back(model: PreTrainedModel) -> None:
     """Move a model back to where `move` found it, unless its user has moved it since."""
     is_there = placed_devices(model) is not None
-    placed = _placed.pop(model, None)
+    placed = _placed.get(model)
     if placed is not None and is_there:
         _undo_hooks(model)
         model.to(placed.origin)
+    _placed.pop(model, None)
 
 
 def _spread(model: PreTrainedModel, devices: Devices) -> None:

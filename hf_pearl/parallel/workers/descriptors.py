@@ -12,9 +12,16 @@ _FIRST = 3
 
 
 def anonymous_memory(name: str, num_bytes: int) -> int:
-    """A descriptor of anonymous memory that ends with the last process that holds it."""
-    descriptor = _moved_up(os.memfd_create(name, os.MFD_CLOEXEC))
-    os.ftruncate(descriptor, num_bytes)
+    """A descriptor of anonymous memory that ends with the last process that holds it.
+
+    Its size is for good, unless it is 0: whoever has mapped what another process cuts off ends with a bus error.
+    """
+    import fcntl  # Not every system has it.
+
+    descriptor = _moved_up(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    if num_bytes:
+        os.ftruncate(descriptor, num_bytes)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return descriptor
 
 
