@@ -46,6 +46,7 @@ from hf_pearl.launching import rank_checks
 from hf_pearl.launching.rank_devices import first_devices
 from hf_pearl.pair import demo_pair_folder
 from hf_pearl.parallel import heartbeat
+from hf_pearl.parallel.cores import available_cores
 from hf_pearl.parallel.memory import cache_needs
 from hf_pearl.parallel.ranks import child_ranks, shared_collectives
 from hf_pearl.parallel.ranks.child_ranks import ChildRanks
@@ -965,7 +966,8 @@ def test_ranks_do_not_outlive_a_killed_process(
         assert process.stdout is not None
         assert any(line.startswith("done") for line in process.stdout)
         ranks = psutil.Process(process.pid).children(recursive=True)
-        assert len(ranks) == sum(sizes) - 1
+        is_inline = sizes[0] == 1 and len(available_cores()) == 1  # a draft in one piece, without a core of its own
+        assert len(ranks) == sum(sizes) - 1 - is_inline
         for rank in ranks if are_stopped else ():
             rank.suspend()
     finally:
