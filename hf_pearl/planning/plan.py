@@ -172,14 +172,7 @@ def plan(
     models = [_model(name, given, dtype) for name, given in (("target", target), ("draft", draft))]
     _check_pair(models[0][0], models[1][0])
     prints = [Footprint.of(model, weights) for model, weights in models]
-    common = shared_bytes(models[0][0], models[1][0])
-    alone = prints[0], prints[1].without(common) if common else prints[1]
-    if devices is None:
-        loaded = Loaded(*(None if isinstance(each, (str, Path)) else unwrap(each) for each in (target, draft)))
-        machine, found = split_here(loaded, alone, num_tokens, bool(common))
-    else:
-        machine = described_devices(devices)
-        found = split(machine, *alone, num_tokens, shares_weights=bool(common))
+    machine, found = _split(devices, (target, draft), models, prints, num_tokens)
     planned = [
         PlannedModel(
             str(given) if isinstance(given, (str, Path)) else type(model).__name__,
@@ -225,6 +218,23 @@ def _check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
     check_arguments(target, target.generation_config, {"assistant_model": draft})
     for model in (target, draft):
         check_supported(model)
+
+
+def _split(
+    devices: str | Sequence[Device] | None,
+    given: Sequence[Any],
+    models: Sequence[tuple[PreTrainedModel, int | None]],
+    prints: Sequence[Footprint],
+    num_tokens: int,
+) -> tuple[tuple[Device, ...], Split]:
+    """The machine, and what of it either model gets; what they share is counted with the target."""
+    common = shared_bytes(models[0][0], models[1][0])
+    alone = prints[0], prints[1].without(common) if common else prints[1]
+    if devices is None:
+        loaded = Loaded(*(None if isinstance(each, (str, Path)) else unwrap(each) for each in given))
+        return split_here(loaded, alone, num_tokens, bool(common))
+    machine = described_devices(devices)
+    return machine, split(machine, *alone, num_tokens, shares_weights=bool(common))
 
 
 def _tensor_parallel(
