@@ -51,18 +51,19 @@ def main_of_process() -> int:
         try:
             return main()
         finally:
-            _flush()
+            _print("")
     except BrokenPipeError:
         try:
-            _flush()
+            _print("\n")
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end.
             return CLOSED
         raise  # It was another pipe.
 
 
-def _flush() -> None:
+def _print(text: str) -> None:
     if sys.stdout is not None:  # None where it was closed from the start
+        sys.stdout.write(text)
         sys.stdout.flush()
 
 

@@ -15,6 +15,7 @@ from models import tiny_model
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 import hf_pearl
+import hf_pearl.__main__
 from hf_pearl import PearlConfig, load_demo_pair, models
 from hf_pearl.pair import demo_pair_folder
 from hf_pearl.parallel import placement
@@ -262,12 +263,28 @@ def test_few_bytes_are_said_in_bytes(seed: int) -> None:
     assert ", 128 bytes of cache a token" in str(plan(model, model, devices="cpu 8GiB"))
 
 
-@pytest.mark.parametrize("arguments", [["plan"], ["--help"]], ids=lambda arguments: arguments[0])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["-m", "hf_pearl", "plan"], id="plan"),
+        pytest.param(["-u", "-m", "hf_pearl", "plan"], id="plan, unbuffered"),
+        pytest.param(["-m", "hf_pearl", "--help"], id="help"),
+    ],
+)
 def test_a_command_ends_quietly_where_nobody_reads_its_output(arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "hf_pearl", *arguments]
+    command = [sys.executable, *arguments]
     environment = {"PYTHONPATH": str(Path(hf_pearl.__file__).parents[1]), "PATH": "/usr/bin:/bin"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         errors = process.stderr.read().decode()
         assert (process.wait(300), errors) == (141, "")
+
+
+def test_the_error_of_another_pipe_is_not_taken_for_a_reader_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> int:
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr(hf_pearl.__main__, "main", fail)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        hf_pearl.__main__.main_of_process()
