@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from .commands.command_line import UsageError
 # Every command is a module with `add_arguments(parser)` and `run(args) -> exit status`; its docstring is its help.
 COMMANDS = {"demo": demo, "bench": bench, "tune": tune_command, "plan": plan_command}
 INTERRUPTED = 130
+CLOSED = 141  # What a shell says of a program that SIGPIPE has ended.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,5 +45,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def main_of_process() -> int:
+    """`main`, which ends without a word where whoever reads its output has gone, as `head` goes."""
+    try:
+        try:
+            return main()
+        finally:
+            _print("")
+    except BrokenPipeError:
+        try:
+            _print("\n")
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end.
+            return CLOSED
+        raise  # It was another pipe.
+
+
+def _print(text: str) -> None:
+    if sys.stdout is not None:  # None where it was closed from the start
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_of_process())

@@ -1,4 +1,4 @@
-"""The transformers model inside what a user hands over, its parts, and whether it is quantised."""
+"""The transformers model inside what a user hands over, its parts, and which weights are quantised."""
 
 from __future__ import annotations
 
@@ -58,7 +58,40 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def shared_bytes(a: torch.nn.Module, b: torch.nn.Module) -> int:
+    """Bytes of the parameters that two models have in common."""
+    known = {id(parameter) for parameter in a.parameters()}
+    return sum(parameter.nbytes for parameter in b.parameters() if id(parameter) in known)
+
+
 def is_quantised(model: PreTrainedModel) -> bool:
-    """Whether a model's weights were quantised by transformers, or its configuration says that they are."""
+    """Whether weights were quantised, by transformers or by torch, or the configuration says that they are."""
     quantizer = getattr(model, "hf_quantizer", None)
-    return quantizer is not None or bool(getattr(model.config, "quantization_config", None))
+    if quantizer is not None or bool(getattr(model.config, "quantization_config", None)):
+        return True
+    for module in all_modules(model):
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if is_packed(module) or any(tensor is not None and tensor.is_quantized for tensor in tensors):
+            return True
+    return False
+
+
+def packed_bytes(module: torch.nn.Module) -> int:
+    """Bytes of the weights that torch.ao's modules within a module keep packed: they are no parameters of it."""
+    if not is_packed(module):
+        return sum(packed_bytes(part) for part in module._modules.values() if part is not None)
+    parameters = {each.data_ptr() for each in module.parameters()}
+    states = _tensors_in(list(module.state_dict().values()))
+    return sum(each.nbytes for each in states if each.data_ptr() not in parameters)
+
+
+def is_packed(module: torch.nn.Module) -> bool:
+    """Whether it is one of torch.ao's, which keep weights as no parameters."""
+    return type(module).__module__.startswith("torch.ao.")
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    """A state is a tensor, or a tuple of a packed weight and its bias, or something else."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for each in value for tensor in _tensors_in(each)] if isinstance(value, (list, tuple)) else []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +28,10 @@ from hf_pearl.cache.sizing import CacheNeeds
 from hf_pearl.model_devices import devices_of, layer_devices
 from hf_pearl.parallel import placement
 from hf_pearl.parallel.ranks.shared_collectives import SharedCollectives, Table
+from hf_pearl.planning.footprint import Footprint
+from hf_pearl.planning.plan import PlannedModel
+from hf_pearl.planning.planner import split
+from hf_pearl.planning.topology import Device
 from hf_pearl.registry import engines_of
 
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -388,6 +393,25 @@ def check_plan() -> None:
     assert _device_names(found.config.target_devices) == ["pretend:1"]
 
 
+def check_plans_load() -> None:
+    """What a plan spreads over two devices is loaded onto them, part by part, and computes the same."""
+    model = tiny_model("llama", 17, num_hidden_layers=5)
+    footprint = Footprint.of(model)
+    memory = footprint.weights * 3 // 4 + footprint.working + footprint.graphs
+    devices = [Device("pretend:0", memory), Device("pretend:1", memory), Device("pretend:2", 2 * memory)]
+    lane = split(devices, footprint, footprint, 1, draft_on=["pretend:2"]).target
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = PlannedModel("model", folder, model.dtype, footprint, lane).load()
+    sizes: Counter[str] = Counter()
+    for parameter in loaded.parameters():
+        sizes[str(parameter.device)] += parameter.nbytes
+    assert sizes == {share.device: share.weights for share in lane.shares} and len(sizes) == 2
+    prompt = torch.tensor([[1, 2, 3]])
+    results = [each.generate(prompt, max_new_tokens=8, do_sample=False).tolist() for each in (model, loaded)]
+    assert results[0] == results[1]
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     "same tokens, llama": lambda: check_same_tokens("llama", 5),
     "same tokens, gpt2": lambda: check_same_tokens("gpt2", 2),
@@ -399,6 +423,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "shared weights": check_shared_weights,
     "sums of ranks": check_sums_of_ranks,
     "a plan": check_plan,
+    "a plan's load": check_plans_load,
 }
 
 

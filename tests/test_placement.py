@@ -192,6 +192,7 @@ def pretended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "a failed move",
         "moved by its user",
         "a plan",
+        "a plan's load",
         "shared weights",
         "sums of ranks",
     ],

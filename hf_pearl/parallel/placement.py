@@ -14,18 +14,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from accelerate import dispatch_model, infer_auto_device_map
+from accelerate import dispatch_model
 from accelerate.hooks import remove_hook_from_module
-from accelerate.utils import get_balanced_memory
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..compat import keys_left_in_place, modules_not_to_split
+from ..compat import keys_left_in_place
 from ..config import PearlConfig
 from ..device_arguments import named_devices, present
 from ..model_devices import devices_of, input_device, is_dispatched, is_loaded, is_offloaded
-from ..models import all_modules, is_quantised
+from ..models import all_modules, is_quantised, shared_bytes
 from ..planning.footprint import Footprint
+from ..planning.layout import divide
+from ..planning.parts import device_map
 from ..planning.planner import gib, split
 from ..planning.topology import Device, present_devices
 from .ranks.lane import num_ranks
@@ -111,7 +112,7 @@ def wanted_moves(target: PreTrainedModel, draft: PreTrainedModel | None, config:
         moves += _asked("draft_devices", draft, draft_devices)
     elif (moves[0].devices[0] if moves else input_device(target)).type == "cuda":
         moves += _automatic(target, draft, moves[0].devices if moves else tuple(devices_of(target)))
-    if moves and target_devices != draft_devices and _share_weights(target, draft):
+    if moves and target_devices != draft_devices and shared_bytes(target, draft):
         if draft_devices is None and target_devices is None:
             return []
         raise ValueError(
@@ -128,11 +129,6 @@ def _asked(name: str, model: PreTrainedModel, devices: Devices) -> list[Move]:
         return []
     _check_may_move(name, model, devices)
     return [Move(model, devices, f"`{name}` asks for it")]
-
-
-def _share_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
-    known = {id(parameter) for parameter in a.parameters()}
-    return any(id(parameter) in known for parameter in b.parameters())
 
 
 def lies_on(model: PreTrainedModel, devices: Devices) -> bool:
@@ -227,13 +223,11 @@ def put_back(model: PreTrainedModel) -> None:
 
 def _spread(model: PreTrainedModel, devices: Devices) -> None:
     free = {each.name: each.memory for each in present_devices()}
-    device_map = layers_to_devices(model, devices, [free.get(str(device), _UNLIMITED) for device in devices])
-    dispatch_model(model, device_map, main_device=devices[0], skip_keys=keys_left_in_place(model))
+    places = layers_to_devices(model, devices, [free.get(str(device), _UNLIMITED) for device in devices])
+    dispatch_model(model, places, main_device=devices[0], skip_keys=keys_left_in_place(model))
 
 
-def layers_to_devices(
-    model: PreTrainedModel, devices: Devices, room: Sequence[int]
-) -> dict[str, int | str | torch.device]:
+def layers_to_devices(model: PreTrainedModel, devices: Devices, room: Sequence[int]) -> dict[str, int | str]:
     """accelerate's device map that spreads a model's layers evenly over devices with `room` bytes each.
 
     Raises
@@ -241,22 +235,14 @@ def layers_to_devices(
     ValueError
         They do not hold it.
     """
-    not_split = modules_not_to_split(model)
-    places: dict[int | str, int] = dict(enumerate(room))  # Numbers are what accelerate balances.
-    balanced = get_balanced_memory(model, dict(places), no_split_module_classes=not_split)
-    found = infer_auto_device_map(model, balanced, no_split_module_classes=not_split)
-    if not set(found.values()) <= set(places):
+    lane = Footprint.of(model)
+    found = divide(lane, [Device(str(device), free) for device, free in zip(devices, room, strict=True)])
+    if found is None:
         raise ValueError(
             f"{', '.join(f'{device} ({gib(free)} free)' for device, free in zip(devices, room, strict=True))} do not "
-            f"hold this {type(model).__name__} of {gib(Footprint.of(model).weights)}. Name more devices, or load a "
-            "quantised model."
+            f"hold this {type(model).__name__} of {gib(lane.weights)}. Name more devices, or load a quantised model."
         )
-    return {name: _key(devices[place]) for name, place in found.items()}
-
-
-def _key(device: torch.device) -> int | str:
-    """What accelerate calls a device."""
-    return device.index if device.type == "cuda" else str(device)
+    return device_map(lane.parts, [portion.num_parts for portion in found], devices)
 
 
 def _shown(devices: Sequence[torch.device]) -> str:

@@ -14,17 +14,18 @@ from ..arguments import check_arguments
 from ..cache.support import check_supported
 from ..config import PearlConfig
 from ..errors import PearlUnsupportedModelError
-from ..model_devices import devices_of
-from ..models import unwrap
-from ..parallel.placement import MIN_TOKENS, stays
+from ..models import shared_bytes, unwrap
+from ..parallel.placement import MIN_TOKENS
 from ..parallel.ranks.models import check_whole
 from ..parallel.tensor_parallel.plan import make_plan
 from ..tuning import Tuning
 from ..vocabularies import check_vocabularies
 from .footprint import Footprint
-from .planner import ASSUMED_ACCEPTANCE, LanePlan, split
-from .tensor_parallel_split import TensorParallelSplit, tensor_parallel_split
-from .topology import Device, described_devices, other_device, present_devices
+from .here import Loaded, split_here
+from .parts import device_map
+from .planner import ASSUMED_ACCEPTANCE, LanePlan, Split, expected_tokens, split
+from .tensor_parallel_split import WORTH_IT, TensorParallelSplit, tensor_parallel_split
+from .topology import Device, described_devices
 from .unloaded import check_dtype, unloaded
 
 MAX_TOKENS = 2**40
@@ -58,12 +59,16 @@ class PlannedModel:
         """Load it straight onto its devices."""
         if self.source is None:
             raise ValueError(f"{self.name} is loaded already: the plan was made for the model itself, not for a name.")
-        lane, where = self.lane, {"": self.lane.devices[0]}
-        options: dict[str, Any] = {"device_map": where}
-        if len(lane.devices) > 1:
-            room = {int(share.device.partition(":")[2]): share.total - share.cache for share in lane.shares}
-            options = {"device_map": "balanced", "max_memory": room}
+        options: dict[str, Any] = {"device_map": self.device_map}
         return AutoModelForCausalLM.from_pretrained(self.source, dtype=self.dtype, **options).eval()
+
+    @property
+    def device_map(self) -> dict[str, int | str]:
+        """What `from_pretrained` gets: "" for the whole model, or the device of every part of it."""
+        devices = [torch.device(name) for name in self.lane.devices]
+        if len(devices) == 1:
+            return {"": self.lane.devices[0]}
+        return device_map(self.footprint.parts, self.lane.num_parts, devices)
 
 
 @dataclass(frozen=True)
@@ -167,8 +172,7 @@ def plan(
     models = [_model(name, given, dtype) for name, given in (("target", target), ("draft", draft))]
     _check_pair(models[0][0], models[1][0])
     prints = [Footprint.of(model, weights) for model, weights in models]
-    machine, places = _machine(devices, target, draft)
-    found = split(machine, prints[0], prints[1], num_tokens, *places)
+    machine, found = _split(devices, (target, draft), models, prints, num_tokens)
     planned = [
         PlannedModel(
             str(given) if isinstance(given, (str, Path)) else type(model).__name__,
@@ -181,7 +185,7 @@ def plan(
             (target, draft), models, prints, (found.target, found.draft), strict=True
         )
     ]
-    parallel = _tensor_parallel(machine, prints, num_tokens, measured)
+    parallel = _tensor_parallel(machine, prints, num_tokens, measured, found)
     if parallel is not None and not _can_be_cut(models[0][0], models[1][0], parallel):
         parallel = None
     return Plan(machine, planned[0], planned[1], found.num_tokens, parallel, devices is None, dtype, num_tokens)
@@ -216,35 +220,31 @@ def _check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
         check_supported(model)
 
 
-def _machine(
-    devices: str | Sequence[Device] | None, target: Any, draft: Any
-) -> tuple[tuple[Device, ...], tuple[list[str] | None, list[str] | None]]:
-    """The devices, with what the models hold of them counted as free, and where they lie if they stay there."""
-    if devices is not None:
-        return described_devices(devices), (None, None)
-    loaded = [unwrap(each) for each in (target, draft) if not isinstance(each, (str, Path))]
-    held: dict[str, int] = {}
-    for parameter in {id(each): each for model in loaded for each in model.parameters()}.values():
-        held[str(parameter.device)] = held.get(str(parameter.device), 0) + parameter.nbytes
-    machine = [
-        each._replace(memory=each.memory + (held.get(each.name, 0) if each.kind != "cpu" else 0))
-        for each in present_devices(measured=True)
-    ]
-    target_devices = None if isinstance(target, (str, Path)) else devices_of(unwrap(target))
-    draft_devices = None
-    if not isinstance(draft, (str, Path)) and (target_devices is None or stays(unwrap(draft), target_devices)):
-        draft_devices = devices_of(unwrap(draft))
-    places = [None if each is None else list(map(str, each)) for each in (target_devices, draft_devices)]
-    names = {each.name for each in machine}
-    others = dict.fromkeys(name for place in places for name in place or () if name not in names)
-    machine += [other_device(name, held.get(name, 0)) for name in others]
-    return tuple(machine), (places[0], places[1])
+def _split(
+    devices: str | Sequence[Device] | None,
+    given: Sequence[Any],
+    models: Sequence[tuple[PreTrainedModel, int | None]],
+    prints: Sequence[Footprint],
+    num_tokens: int,
+) -> tuple[tuple[Device, ...], Split]:
+    """The machine, and what of it either model gets; what they share is counted with the target."""
+    common = shared_bytes(models[0][0], models[1][0])
+    alone = prints[0], prints[1].without(common) if common else prints[1]
+    if devices is None:
+        loaded = Loaded(*(None if isinstance(each, (str, Path)) else unwrap(each) for each in given))
+        return split_here(loaded, alone, num_tokens, bool(common))
+    machine = described_devices(devices)
+    return machine, split(machine, *alone, num_tokens, shares_weights=bool(common))
 
 
 def _tensor_parallel(
-    machine: Sequence[Device], prints: Sequence[Footprint], num_tokens: int, measured: Tuning | None
+    machine: Sequence[Device],
+    prints: Sequence[Footprint],
+    num_tokens: int,
+    measured: Tuning | None,
+    layers: Split,
 ) -> TensorParallelSplit | None:
-    """The split for `hf_pearl.launch`; None where one device each is as good, or there are no two."""
+    """The split for `hf_pearl.launch`; None where that by layers is as good, or there are no two devices."""
     accelerators = [device for device in machine if device.kind != "cpu"]
     if len(accelerators) < 2:
         return None
@@ -253,7 +253,13 @@ def _tensor_parallel(
         acceptance = min(measured.acceptance_rate, 0.99)
         seconds = measured.target_forward_seconds, measured.draft_step_seconds
     found = tensor_parallel_split(accelerators, prints[0], prints[1], num_tokens, acceptance, seconds)
-    return None if found is None or found.target_tp + found.draft_tp == 2 else found
+    if found is None or found.target_tp + found.draft_tp == 2:
+        return None
+    if not set(layers.target.devices) & set(layers.draft.devices):  # Both compute at the same time there, too.
+        forward, step = seconds or (layers.target.seconds, layers.draft.seconds)
+        if found.tokens_per_second < WORTH_IT * expected_tokens(forward / step, acceptance) / forward:
+            return None
+    return found
 
 
 def _can_be_cut(target: PreTrainedModel, draft: PreTrainedModel, found: TensorParallelSplit) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from ..parallel.cores import available_cores, cores_for_worker
 from ..parallel.placement import MIN_TOKENS
 from .plan import Plan, PlannedModel
-from .planner import ALL_REDUCE_SECONDS, ASSUMED_BANDWIDTH, LAYER_SECONDS, gib
+from .planner import ALL_REDUCE_SECONDS, ASSUMED_BANDWIDTH, CORES, LAYER_SECONDS, gib
 
+TURNS = "the only device: it has one core, on which target and draft take turns"
 HEADINGS = ("", "device", "weights", "cache", "forwards", "graphs", "together", "of")
 
 
@@ -46,12 +47,14 @@ def _table(plan: Plan) -> str:
 
 
 def _why(plan: Plan) -> str:
-    lines = [f"The {part} goes to {', '.join(model.lane.devices)}: {model.lane.why}." for part, model in _lanes(plan)]
     used = {*plan.target.lane.devices, *plan.draft.lane.devices}
-    if used == {"cpu"} and plan.is_here:
-        own = cores_for_worker(1)
+    own, lines = cores_for_worker(1), []
+    for part, model in _lanes(plan):
+        why = TURNS if plan.is_here and model.lane.why == CORES and not own else model.lane.why
+        lines.append(f"The {part} goes to {', '.join(model.lane.devices)}: {why}.")
+    if used == {"cpu"} and plan.is_here and own:
         rest = [core for core in available_cores() if core not in own]
-        lines.append(f"Cores of the target: {_numbers(rest)}; of the draft: {_numbers(own) if own else 'the same'}.")
+        lines.append(f"Cores of the target: {_numbers(rest)}; of the draft: {_numbers(own)}.")
     unused = [device.name for device in plan.devices if device.name not in used and device.kind != "cpu"]
     if unused:
         lines.append(f"Without anything: {', '.join(unused)}.")

@@ -10,6 +10,8 @@ from .footprint import Footprint
 from .planner import ALL_REDUCE_SECONDS, ASSUMED_ACCEPTANCE, ASSUMED_BANDWIDTH, expected_tokens, forward_seconds
 from .topology import Device
 
+WORTH_IT = 1.01  # What more devices have to bring; less is lost in what is not estimated.
+
 
 class TensorParallelSplit(NamedTuple):
     """Sizes of both lanes, and what is expected of them.
@@ -46,7 +48,7 @@ def tensor_parallel_split(
     acceptance: float = ASSUMED_ACCEPTANCE,
     measured_seconds: tuple[float, float] | None = None,
 ) -> TensorParallelSplit | None:
-    """The best sizes; None where no split holds the pair. Of equally good ones, that with the fewest devices.
+    """The best sizes; None where no split holds the pair. Of those within 1% of the best, the fewest devices.
 
     While the target computes one forward, the draft writes `c` tokens, `c` being the ratio of their times. Of these and
     the target's own `(1 - a ** (c + 1)) / (1 - a)` stand on average if each stands with the chance `a` (Leviathan et
@@ -63,7 +65,7 @@ def tensor_parallel_split(
     memory = min(device.memory for device in devices)
     bandwidth = min(device.bandwidth or ASSUMED_BANDWIDTH for device in devices)
     measured = measured_seconds or (None, None)
-    best: TensorParallelSplit | None = None
+    found: list[TensorParallelSplit] = []
     for used in range(2, len(devices) + 1):
         for target_tp in range(used - 1, 0, -1):
             sizes = target_tp, used - target_tp
@@ -73,10 +75,11 @@ def tensor_parallel_split(
                 continue
             times = [_seconds(lane, size, bandwidth, seen) for (lane, size), seen in zip(lanes, measured, strict=True)]
             rate = expected_tokens(times[0] / times[1], acceptance) / times[0]
-            if best is None or rate > best.tokens_per_second:
-                held = [_bytes(lane, size) for lane, size in lanes]
-                best = TensorParallelSplit(*sizes, held[0], held[1], num_tokens, times[0], times[1], rate)
-    return best
+            held = [_bytes(lane, size) for lane, size in lanes]
+            found.append(TensorParallelSplit(*sizes, held[0], held[1], num_tokens, times[0], times[1], rate))
+    best = max((each.tokens_per_second for each in found), default=0.0)
+    good = [each for each in found if WORTH_IT * each.tokens_per_second >= best]
+    return min(good, key=lambda each: (each.target_tp + each.draft_tp, -each.tokens_per_second), default=None)
 
 
 def _seconds(lane: Footprint, size: int, bandwidth: float, measured: float | None) -> float:

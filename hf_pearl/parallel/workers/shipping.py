@@ -268,8 +268,6 @@ def _why_not_module(module: torch.nn.Module) -> str | None:
         return "carries an adapter of PEFT"
     if hasattr(module, "_hf_hook"):
         return "has a hook of accelerate (several devices, or offloaded)"
-    if type(module).__module__.startswith("torch.ao."):
-        return "is quantised, its weights are packed"
     if isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None:
         return "is compiled"
     if type(module).__module__.startswith("torch._dynamo"):
@@ -292,6 +290,6 @@ def _why_not_tensor(tensor: torch.Tensor) -> str | None:
         return "is offloaded or not loaded (meta device)"
     if tensor.device.type != "cpu" and not device_weights.can_share(tensor):
         return f"lies on {tensor.device}, whose memory another process cannot map: CPUs and CUDA devices can"
-    if tensor.layout is not torch.strided or tensor.is_quantized:
-        return "is sparse or quantised"
+    if tensor.layout is not torch.strided:
+        return "is sparse"
     return None
