@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import check_device_map
+from accelerate import infer_auto_device_map
+from accelerate.utils import check_device_map, get_balanced_memory
 from models import tiny_model
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 import hf_pearl
 import hf_pearl.__main__
 from hf_pearl import PearlConfig, load_demo_pair, models
+from hf_pearl.compat import modules_not_to_split
 from hf_pearl.pair import demo_pair_folder
 from hf_pearl.parallel import placement
+from hf_pearl.parallel.placement import layers_to_devices
 from hf_pearl.parallel.workers.shipping import can_ship
 from hf_pearl.planning import report
 from hf_pearl.planning.footprint import Footprint
@@ -124,6 +127,25 @@ def assert_lies_as_printed(part: PlannedModel, device_map: dict[str, Any]) -> No
             on[key] = on.get(key, 0) + (parameter.nbytes if id(parameter) not in seen else 0)
             seen.add(id(parameter))
     assert on == {share.device: share.weights for share in part.lane.shares}
+
+
+@pytest.mark.parametrize("name", ["qwen 32B", "llama 70B", "qwen 14B"])
+def test_what_fits_is_moved_though_accelerate_would_offload_a_part(name: str, tmp_path: Path) -> None:
+    """It keeps room on the first device for the largest part, the head."""
+    model = unloaded("model", saved(name, tmp_path), None).model
+    lane = Footprint.of(model)
+    devices = torch.device("cuda", 0), torch.device("cuda", 1)
+    free = [lane.weights // 2 + lane.parts[-1].weights // 2] * 2
+    not_split = modules_not_to_split(model)
+    balanced = get_balanced_memory(model, dict(enumerate(free)), no_split_module_classes=not_split)
+    offloaded = infer_auto_device_map(model, balanced, no_split_module_classes=not_split)
+    assert "disk" in offloaded.values(), "the case is not one"
+    where = layers_to_devices(model, devices, free)
+    check_device_map(model, where)
+    for device, most in enumerate(free):
+        modules = [model.get_submodule(each) for each, place in where.items() if place == device]
+        assert 0 < sum(each.nbytes for module in modules for each in module.parameters()) <= most
+    assert set(where.values()) == {0, 1}
 
 
 def test_tied_modules_and_layers_stay_together(tmp_path: Path) -> None:

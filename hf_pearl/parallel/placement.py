@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from accelerate import dispatch_model
+from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import get_balanced_memory
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..compat import keys_left_in_place
+from ..compat import keys_left_in_place, modules_not_to_split
 from ..config import PearlConfig
 from ..device_arguments import named_devices, present
 from ..model_devices import devices_of, input_device, is_dispatched, is_loaded, is_offloaded
@@ -227,22 +228,37 @@ def _spread(model: PreTrainedModel, devices: Devices) -> None:
     dispatch_model(model, places, main_device=devices[0], skip_keys=keys_left_in_place(model))
 
 
-def layers_to_devices(model: PreTrainedModel, devices: Devices, room: Sequence[int]) -> dict[str, int | str]:
+def layers_to_devices(
+    model: PreTrainedModel, devices: Devices, room: Sequence[int]
+) -> dict[str, int | str | torch.device]:
     """accelerate's device map that spreads a model's layers evenly over devices with `room` bytes each.
+
+    Where accelerate would offload what fits if devices are filled more exactly, that is done.
 
     Raises
     ------
     ValueError
         They do not hold it.
     """
+    not_split = modules_not_to_split(model)
+    places: dict[int | str, int] = dict(enumerate(room))  # Numbers are what accelerate balances.
+    balanced = get_balanced_memory(model, dict(places), no_split_module_classes=not_split)
+    found = infer_auto_device_map(model, balanced, no_split_module_classes=not_split)
+    if set(found.values()) <= set(places):
+        return {name: _key(devices[place]) for name, place in found.items()}
     lane = Footprint.of(model)
-    found = divide(lane, [Device(str(device), free) for device, free in zip(devices, room, strict=True)])
-    if found is None:
+    portions = divide(lane, [Device(str(device), free) for device, free in zip(devices, room, strict=True)])
+    if portions is None:
         raise ValueError(
             f"{', '.join(f'{device} ({gib(free)} free)' for device, free in zip(devices, room, strict=True))} do not "
             f"hold this {type(model).__name__} of {gib(lane.weights)}. Name more devices, or load a quantised model."
         )
-    return device_map(lane.parts, [portion.num_parts for portion in found], devices)
+    return {**device_map(lane.parts, [portion.num_parts for portion in portions], devices)}
+
+
+def _key(device: torch.device) -> int | str:
+    """What accelerate calls a device."""
+    return device.index if device.type == "cuda" else str(device)
 
 
 def _shown(devices: Sequence[torch.device]) -> str:
