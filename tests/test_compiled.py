@@ -28,6 +28,7 @@ from models import (
 )
 from strict_capture import use_twins
 from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import shutdown_compile_workers
 
 import hf_pearl
@@ -238,6 +239,7 @@ def test_where_nothing_is_captured_it_is_said() -> None:
 @pytest.mark.usefixtures("captures")
 def test_the_code_generator_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU it needs a C++ compiler; where there is none, what is said is that."""
+    monkeypatch.setattr(inductor_config, "compile_threads", 1)  # Its pool of threads would stay for good.
     for _ in compiled_by("inductor", monkeypatch):
         target = tiny_model("qwen3", 8)
         prompts = random_prompts(random.Random(8), 2, [6, 9])
