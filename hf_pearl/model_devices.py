@@ -33,12 +33,18 @@ def input_device(model: Any) -> torch.device:
     return device if device != _NOWHERE else _hook_device(model) or _HOST
 
 
-def is_loaded(model: Any) -> bool:
-    """Whether its weights are somewhere, as those of its embeddings tell: on a device, or where a hook gets them."""
+def check_loaded(name: str, model: Any, cure: str = "") -> None:
+    """Raise `ValueError` for a model without weights, as those of its embeddings tell.
+
+    They may be on a device, or where a hook of accelerate gets them.
+    """
     embeddings = model.get_input_embeddings()
-    if embeddings.weight.device != _NOWHERE:
-        return True
-    return _hook_device(embeddings) is not None or _hook_device(model) is not None
+    if embeddings.weight.device != _NOWHERE or _hook_device(embeddings) is not None or _hook_device(model) is not None:
+        return
+    raise ValueError(
+        f"{name} ({type(model).__name__}) has no weights: they lie on the meta device, and no hook of accelerate loads "
+        f"them. Load it with `from_pretrained`{cure}."
+    )
 
 
 def layer_devices(model: Any) -> list[torch.device]:

@@ -16,7 +16,7 @@ from .engine import PearlEngine
 from .errors import first_line
 from .forks import in_forked_children
 from .models import generative_model
-from .parallel.placement import check_loaded, lies_on, move, put_back, wanted_moves
+from .parallel.placement import check_pair_loaded, lies_on, move, put_back, wanted_moves
 
 logger = logging.get_logger(__name__)
 
@@ -88,7 +88,7 @@ def place(target: PreTrainedModel, draft: PreTrainedModel | None, config: PearlC
     ValueError
         A device that is not there or has no room, or a model that has no weights, or must not be moved.
     """
-    check_loaded(target, draft)
+    check_pair_loaded(target, draft)
     moves = wanted_moves(target, draft, config)
     if moves:
         engine_for(target, draft)  # So that another first call of this pair waits for the move of this one.

@@ -493,6 +493,26 @@ def test_a_callback_cannot_close_the_pair_that_it_is_called_by(saved: Saved) -> 
     assert len(errors) == 1
 
 
+@pytest.mark.parametrize(("target_tp", "draft_tp"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_a_call_by_a_callback_of_another_one(target_tp: int, draft_tp: int, saved: Saved) -> None:
+    """Several ranks of the target follow one call at a time; those of a draft are left to the outer one."""
+    expected, got = saved.expected().sequences.tolist(), []
+
+    def call() -> None:
+        try:
+            got.append(generate(pair, saved.inputs))
+        except RuntimeError as error:
+            got.append(error)
+
+    with hf_pearl.launch(*saved.folders, target_tp=target_tp, draft_tp=draft_tp, dtype=torch.float64) as pair:
+        for processors in (LogitsProcessorList([AtToken(3, call)]), LogitsProcessorList()):
+            assert generate(pair, saved.inputs, logits_processor=processors).sequences.tolist() == expected
+    if target_tp > 1:
+        assert "called by a callback of another call" in str(got[0])
+    else:
+        assert got[0].sequences.tolist() == expected and got[0].pearl.execution == "none"
+
+
 def test_a_closed_pair_starts_nothing(saved: Saved) -> None:
     expected, before = saved.expected().sequences.tolist(), set(psutil.Process().children())
     pair = saved.launch(1, 1)

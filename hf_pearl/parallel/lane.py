@@ -19,7 +19,7 @@ from ..decoding.noise import NoiseRow
 from ..errors import PearlOutOfBlocksError
 from ..model_devices import computing_devices, input_device
 from ..models import evaluating
-from .graphs.cuda_graphs import GraphRunner
+from .graphs.cuda_graphs import GraphRunner, make_runner
 from .inference import may_use_inference_mode
 from .packed_windows import PackedWindows, chained, pack
 from .streams import nvtx_range
@@ -282,6 +282,12 @@ class ModelLane:
         if self.prefix_cache and not has_nan:
             self.cache.insert_prefix(sequence, verified)
         self.cache.free(sequence)
+
+
+def lane_to_measure(model: PreTrainedModel, compiles: bool = False) -> ModelLane:
+    """A lane as the engine makes it, with a cache of its own, in which nothing is found again."""
+    cache = PagedPrefixCache(model.config, device=input_device(model))
+    return ModelLane(model, cache, prefix_cache=False, graphs=make_runner(model, cache, compiles))
 
 
 def _has_nan(logits: torch.Tensor) -> bool:

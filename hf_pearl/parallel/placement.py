@@ -23,11 +23,11 @@ from transformers.utils import logging
 from ..compat import keys_left_in_place, modules_not_to_split
 from ..config import PearlConfig
 from ..device_arguments import named_devices, present
-from ..model_devices import devices_of, input_device, is_dispatched, is_loaded, is_offloaded
+from ..model_devices import check_loaded, devices_of, input_device, is_dispatched, is_offloaded
 from ..models import all_modules, is_quantised, shared_bytes
 from ..planning.footprint import Footprint
 from ..planning.layout import divide
-from ..planning.parts import device_map
+from ..planning.parts import device_map, place_of
 from ..planning.planner import gib, split
 from ..planning.topology import Device, present_devices
 from .ranks.lane import num_ranks
@@ -76,14 +76,11 @@ def why_fixed(model: PreTrainedModel) -> str | None:
     return "lies on several devices" if len(devices_of(model)) > 1 else None
 
 
-def check_loaded(target: PreTrainedModel, draft: PreTrainedModel | None) -> None:
+def check_pair_loaded(target: PreTrainedModel, draft: PreTrainedModel | None) -> None:
     """Raise `ValueError`, naming the model, for one without weights."""
     for name, model in (("The target", target), ("`assistant_model`", draft)):
-        if model is not None and rank_model_of(model) is None and not is_loaded(model):
-            raise ValueError(
-                f"{name} ({type(model).__name__}) has no weights: they lie on the meta device, and no hook of "
-                "accelerate loads them. Load it with `from_pretrained`."
-            )
+        if model is not None and rank_model_of(model) is None:
+            check_loaded(name, model)
 
 
 def placed_devices(model: PreTrainedModel) -> Devices | None:
@@ -245,7 +242,7 @@ def layers_to_devices(
     balanced = get_balanced_memory(model, dict(places), no_split_module_classes=not_split)
     found = infer_auto_device_map(model, balanced, no_split_module_classes=not_split)
     if set(found.values()) <= set(places):
-        return {name: _key(devices[place]) for name, place in found.items()}
+        return {name: place_of(devices[place]) for name, place in found.items()}
     lane = Footprint.of(model)
     portions = divide(lane, [Device(str(device), free) for device, free in zip(devices, room, strict=True)])
     if portions is None:
@@ -254,11 +251,6 @@ def layers_to_devices(
             f"hold this {type(model).__name__} of {gib(lane.weights)}. Name more devices, or load a quantised model."
         )
     return {**device_map(lane.parts, [portion.num_parts for portion in portions], devices)}
-
-
-def _key(device: torch.device) -> int | str:
-    """What accelerate calls a device."""
-    return device.index if device.type == "cuda" else str(device)
 
 
 def _shown(devices: Sequence[torch.device]) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ..model_devices import devices_of, is_loaded
+from ..model_devices import check_loaded, devices_of
 from ..parallel.placement import stays
 from .footprint import Footprint
 from .planner import Split, split
@@ -24,11 +24,9 @@ class Loaded(NamedTuple):
     def check(self) -> None:
         """Raise `ValueError`, naming the model, for one without weights: calls here would not take it."""
         for argument, model in zip(self._fields, self, strict=True):
-            if model is not None and not is_loaded(model):
-                raise ValueError(
-                    f"`{argument}` ({type(model).__name__}) has no weights: they lie on the meta device, and no hook "
-                    "of accelerate loads them. Load it with `from_pretrained`, pass its folder or name, or say by "
-                    "`devices` which machine to plan for."
+            if model is not None:
+                check_loaded(
+                    f"`{argument}`", model, ", pass its folder or name, or say by `devices` which machine to plan for"
                 )
 
 

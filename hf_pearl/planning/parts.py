@@ -104,10 +104,14 @@ def fill(parts: Sequence[Part], num_devices: int, holds: Callable[[int, Portion]
     return None if rest else tuple(portions)
 
 
+def place_of(device: torch.device) -> int | str:
+    """What accelerate calls a device."""
+    return device.index if device.type == "cuda" else str(device)
+
+
 def device_map(
     parts: Sequence[Part], num_parts: Sequence[int], devices: Sequence[torch.device]
 ) -> dict[str, int | str]:
     """accelerate's map from modules to devices, of which each has so many parts."""
-    keys = [device.index if device.type == "cuda" else str(device) for device in devices]  # as accelerate calls them
-    places = [key for number, key in zip(num_parts, keys, strict=True) for _ in range(number)]
+    places = [place_of(device) for number, device in zip(num_parts, devices, strict=True) for _ in range(number)]
     return {name: place for part, place in zip(parts, places, strict=True) for name in part.names}

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from ..cache import PagedPrefixCache
 from ..decoding.messages import Window
 from ..decoding.policy import ForwardTimes
 from ..device_guard import synchronize
-from ..model_devices import input_device
 from ..parallel.cores import leaving_cores
-from ..parallel.graphs.cuda_graphs import CAPTURED_FROM, make_runner
-from ..parallel.lane import ModelLane
+from ..parallel.graphs.cuda_graphs import CAPTURED_FROM
+from ..parallel.lane import ModelLane, lane_to_measure
 
 SIZES = (1, 2, 4, 8)  # tokens of a forward
 NUM_TIMES = 15
@@ -30,8 +28,7 @@ def measured_forward_times(model: PreTrainedModel, token_ids: Sequence[int], num
         Cores of the CPU that it leaves to others, as a lane does that runs beside another.
     """
     context = tuple(token_ids[: -max(SIZES)]) or tuple(token_ids[:1])
-    cache = PagedPrefixCache(model.config, device=input_device(model))
-    lane = ModelLane(model, cache, prefix_cache=False, graphs=make_runner(model, cache))
+    lane = lane_to_measure(model)
     times = ForwardTimes()
     with leaving_cores() as cores, lane.ready():
         cores.leave(num_cores_left)

@@ -13,14 +13,11 @@ from functools import partial
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from ...cache import PagedPrefixCache
 from ...decoding.calibration import Calibration
 from ...decoding.drafting import Drafter
 from ...decoding.messages import Admission, DraftStep, TokenTree, Verdict, Window
 from ...decoding.proposal import Proposer
-from ...model_devices import input_device
-from ...parallel.graphs.cuda_graphs import make_runner
-from ...parallel.lane import ModelLane, output_vocab_size
+from ...parallel.lane import ModelLane, lane_to_measure, output_vocab_size
 from .observing import Observed, observe
 from .parts import Attempts, Figures
 from .timing import seconds_of
@@ -38,12 +35,6 @@ class WideDrafter(Drafter):
     def row_cost(self) -> float:
         """Nothing."""
         return 0.0
-
-
-def make_lane(model: PreTrainedModel, compiles: bool = False) -> ModelLane:
-    """A lane as the engine makes it, with a cache of its own, in which nothing is found again."""
-    cache = PagedPrefixCache(model.config, device=input_device(model))
-    return ModelLane(model, cache, prefix_cache=False, graphs=make_runner(model, cache, compiles))
 
 
 def _launched(drafter: Drafter, rows: Rows, num_steps: int, per_launch: int) -> list[DraftStep]:
@@ -91,7 +82,7 @@ def draft_steps(
     RuntimeError
         No step was as wide: the model finds too few guesses likely.
     """
-    lane = make_lane(model, compiles)
+    lane = lane_to_measure(model, compiles)
     drafter = WideDrafter(
         lane, Proposer(output_vocab_size(model), LogitsProcessorList()), Calibration(), max_width=num_guesses
     )
@@ -163,7 +154,7 @@ def target_steps(
     watches: bool = True,
 ) -> tuple[list[Figures], Observed | None]:
     """Median seconds of target forwards over so many tokens a row; and what ran in the smallest, if that is watched."""
-    lane = make_lane(model, compiles)
+    lane = lane_to_measure(model, compiles)
     device = lane.device
     with lane.ready():
         steps = TargetSteps(lane, rows)

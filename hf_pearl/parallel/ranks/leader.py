@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -12,6 +11,7 @@ from transformers.utils import logging
 
 from ...decoding.messages import Window
 from ...errors import PearlOutOfBlocksError, PearlWorkerError
+from ...turns import Turns
 from .collectives import Collectives, RankError
 from .records import Begin, End, Forward, Operation
 
@@ -68,8 +68,7 @@ class Leader:
 
     def begin_anew(self) -> None:
         """Have no call running: in a forked child there is none of another thread's."""
-        self._lock = threading.RLock()
-        self._is_taken = False
+        self._turns = Turns()
 
     @property
     def size(self) -> int:
@@ -102,17 +101,14 @@ class Leader:
         RuntimeError
             The thread is inside another call, whose ranks wait for its next forward.
         """
-        with self._lock:
-            if self._is_taken:
+        with self._turns.turn():
+            if self._turns.is_running:
                 raise RuntimeError(
                     f"`generate` was called by a callback of another call, and the {self.ranks.lane} lies on "
                     f"{self.size} ranks, which follow one call at a time. Call it after that one."
                 )
-            self._is_taken = True
-            try:
+            with self._turns.call():
                 yield
-            finally:
-                self._is_taken = False
 
     def assemble(self) -> None:
         """Have the other ranks there, started anew where they must be."""
